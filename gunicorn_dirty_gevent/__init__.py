@@ -1,0 +1,1 @@
+"""gunicorn dirty arbiters that work under gevent."""

@@ -1,0 +1,1 @@
+"""The pure core: bytes or events and `now` in, events or actions out."""
