@@ -1,0 +1,135 @@
+"""Which connection a client uses: one per process, socket path and hub (or, without gevent, one for
+all threads).
+
+A channel outlives its handles: `get_dirty_client()` may make a handle per request, and a connection
+each time would cost more than the call. It is closed by the `close()` of the last handle that used
+it, or with the process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from typing import Any, Protocol
+
+from ..core.mux import Call
+
+
+class Channel(Protocol):
+    """A connection with many calls on it, made when it is needed and made again when it is lost."""
+
+    def start(self, call: Call) -> None:
+        """Send the call, or keep it until there is a connection."""
+
+    def wait(self, call: Call, seconds: float) -> bool:
+        """Wait for something to arrive for the call; False when the time is up."""
+
+    def take_chunk(self, call: Call) -> bytes:
+        """The next chunk of a call that has one."""
+
+    def cancel(self, call: Call) -> None:
+        """The caller has gone away."""
+
+    def drop(self, call: Call) -> None:
+        """`cancel`, from a finalizer: in any thread, at any moment."""
+
+    def close(self) -> None:
+        """Close the connection; calls on it end with an error."""
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connection without a trace on it."""
+
+
+class _Shared:
+    """A channel and the handles that use it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.handles: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+_channels: dict[tuple[str, int], _Shared] = {}
+_hubs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+_hub_count = 0
+
+
+def get(client: Any) -> Channel:
+    """The channel for a client, in this process and hub."""
+    hub = _cooperative_hub()
+    key = (client.socket_path, 0 if hub is None else _number(hub))
+    shared = _channels.get(key)
+    if shared is None:
+        shared = _make(key, hub)
+    shared.handles.add(client)
+    return shared.channel
+
+
+def release(client: Any) -> None:
+    """The client lets go of its channels."""
+    for key, shared in list(_channels.items()):
+        if client in shared.handles:
+            shared.handles.discard(client)
+            if not shared.handles:
+                _channels.pop(key, None)
+                shared.channel.close()
+
+
+def _make(key: tuple[str, int], hub: Any) -> _Shared:
+    with _lock:
+        shared = _channels.get(key)
+        if shared is None:
+            channel: Channel
+            if hub is not None:
+                from .hub import HubChannel
+
+                channel = HubChannel(key[0])
+            else:
+                from .threads import ThreadChannel
+
+                channel = ThreadChannel(key[0])
+            shared = _channels[key] = _Shared(channel)
+        return shared
+
+
+def _cooperative_hub() -> Any:
+    """The gevent hub to wait in, or None where waiting is left to (possibly green) threads.
+
+    gevent is used where it has patched the sockets, and in threads that already run a hub.
+    """
+    if "gevent" not in sys.modules:
+        return None
+    from gevent import get_hub
+    from gevent._hub_local import get_hub_if_exists
+    from gevent.monkey import is_module_patched
+
+    hub = get_hub_if_exists()
+    if hub is None and is_module_patched("socket"):
+        hub = get_hub()
+    return hub
+
+
+def _number(hub: Any) -> int:
+    """A number for the hub that is never used again: an id() may be."""
+    global _hub_count
+    number = _hubs.get(hub)
+    if number is None:
+        with _lock:
+            _hub_count += 1
+            number = _hubs[hub] = _hub_count
+    return number
+
+
+def _after_fork_in_child() -> None:
+    """The connections are the parent's. Letting go must not wait for the child's first call: until
+    then its copy of the hub would read the parent's answers."""
+    global _lock
+    _lock = threading.RLock()
+    for shared in _channels.values():
+        shared.channel.abandon()
+    _channels.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

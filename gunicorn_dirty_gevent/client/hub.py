@@ -1,0 +1,131 @@
+"""The channel under gevent: answers go from the hub's callback straight into the waiting greenlet."""
+
+from __future__ import annotations
+
+import _socket
+import time
+from functools import partial
+from typing import Any
+
+import gevent
+from gevent.hub import Waiter
+
+from ..core.mux import Call, Mux, Phase, nobody
+from ..core.wire import Frame
+from ..link import Link
+
+RETRY_PAUSE = 0.05
+"""Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
+was full."""
+
+
+class HubChannel:
+    """See `client.channels.Channel`. Used by the greenlets of one hub."""
+
+    def __init__(self, socket_path: str) -> None:
+        self._mux = Mux(socket_path)
+        self._link: Link | None = None
+        self._loop: Any = gevent.get_hub().loop
+        self._connecting = False
+
+    def start(self, call: Call) -> None:
+        parts = self._mux.submit(call, time.monotonic())
+        if parts is not None:
+            assert self._link is not None
+            self._link.send(parts)
+        elif self._mux.phase is Phase.DOWN:
+            self._connect_soon(0.0)
+
+    def wait(self, call: Call, seconds: float) -> bool:
+        waiter: Any = Waiter()
+        call.notify = partial(waiter.switch, True)
+        timer = None
+        if seconds != float("inf"):
+            timer = self._loop.timer(seconds)
+            timer.start(waiter.switch, False)
+        try:
+            return bool(waiter.get())
+        finally:
+            call.notify = nobody
+            if timer is not None:
+                timer.stop()
+                timer.close()
+
+    def take_chunk(self, call: Call) -> bytes:
+        payload, credit = self._mux.take_chunk(call)
+        if credit is not None and self._link is not None:
+            self._link.send(credit)
+        return payload
+
+    def cancel(self, call: Call) -> None:
+        parts = self._mux.cancel(call)
+        if parts is not None and self._link is not None:
+            self._link.send(parts)
+
+    def drop(self, call: Call) -> None:
+        try:
+            self._loop.run_callback_threadsafe(self.cancel, call)
+        except Exception:  # the hub is gone, and the connection with it
+            pass
+
+    def close(self) -> None:
+        if self._link is not None:
+            link, self._link = self._link, None
+            link.close()
+            self._mux.lost("this client closed the connection", link.flushed)
+        self._mux.refuse("this client closed the connection")
+
+    def abandon(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    # The connection. Made in the hub, for its failure wakes greenlets.
+
+    def _connect_soon(self, pause: float) -> None:
+        if self._connecting:
+            return
+        self._connecting = True
+        if pause:
+            timer = self._loop.timer(pause)
+            timer.start(self._connect_later, timer)
+        else:
+            self._loop.run_callback(self._connect)
+
+    def _connect_later(self, timer: Any) -> None:
+        timer.close()
+        self._connect()
+
+    def _connect(self) -> None:
+        self._connecting = False
+        if self._link is not None or not self._mux.waiting:
+            return
+        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            sock.connect(self._mux.socket_path)
+        except BlockingIOError:  # the backlog is full
+            sock.close()
+            self._connect_soon(RETRY_PAUSE)
+        except OSError as error:
+            sock.close()
+            self._mux.refuse(f"cannot connect: {error.strerror or error}")
+        else:
+            # The arbiter sees to the size of answers; it has our trust.
+            self._link = Link(sock, self._on_frames, self._on_close, 0xFFFFFFFF)
+            self._link.send(self._mux.connected())
+
+    def _on_frames(self, link: Link, frames: list[Frame]) -> None:
+        now = time.monotonic()
+        for frame in frames:
+            for parts in self._mux.receive(frame, now):
+                link.send(parts)
+
+    def _on_close(self, link: Link, reason: str) -> None:
+        if link is not self._link:
+            return
+        greeted = self._mux.phase is Phase.OPEN
+        self._link = None
+        self._mux.lost(reason, link.flushed)
+        if self._mux.waiting:
+            self._connect_soon(0.0 if greeted else RETRY_PAUSE)

@@ -1,0 +1,143 @@
+"""The channel without gevent: threads wait on locks, one reader thread hands out the answers.
+
+Under eventlet's monkey patching the same code is cooperative: its threads are greenlets.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+from ..core.mux import Call, Mux, Phase, nobody
+from ..core.wire import FrameDecoder, Parts, WireError
+
+READ_SIZE = 262144
+"""Bytes per read, as in `gunicorn_dirty_gevent.link`."""
+
+RETRY_PAUSE = 0.05
+"""Seconds until the next try when a connection ended before the arbiter said hello."""
+
+
+class ThreadChannel:
+    """See `client.channels.Channel`. Used by the threads of one process."""
+
+    def __init__(self, socket_path: str) -> None:
+        self._mux = Mux(socket_path)
+        self._lock = threading.Lock()
+        self._sock: socket.socket | None = None
+        self._flushed = 0
+
+    def start(self, call: Call) -> None:
+        with self._lock:
+            parts = self._mux.submit(call, time.monotonic())
+            if parts is not None:
+                self._send(parts)
+            elif self._mux.phase is Phase.DOWN and not call.done:
+                self._connect()
+
+    def wait(self, call: Call, seconds: float) -> bool:
+        arrived = threading.Event()
+        call.notify = arrived.set
+        try:
+            if call.chunks or call.done:  # it came before we looked
+                return True
+            return arrived.wait(min(seconds, threading.TIMEOUT_MAX))
+        finally:
+            call.notify = nobody
+
+    def take_chunk(self, call: Call) -> bytes:
+        with self._lock:
+            payload, credit = self._mux.take_chunk(call)
+            if credit is not None:
+                self._send(credit)
+        return payload
+
+    def cancel(self, call: Call) -> None:
+        with self._lock:
+            parts = self._mux.cancel(call)
+            if parts is not None:
+                self._send(parts)
+
+    def drop(self, call: Call) -> None:
+        # A finalizer may run in a thread that holds the lock.
+        threading.Thread(target=self.cancel, args=(call,), daemon=True).start()
+
+    def close(self) -> None:
+        with self._lock:
+            sock, self._sock = self._sock, None
+            if sock is not None:
+                self._shut(sock)
+                self._mux.lost("this client closed the connection", self._flushed)
+            self._mux.refuse("this client closed the connection")
+
+    def abandon(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    # The connection; all of it under the lock.
+
+    def _connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(self._mux.socket_path)
+        except OSError as error:
+            sock.close()
+            self._mux.refuse(f"cannot connect: {error.strerror or error}")
+            return
+        self._sock = sock
+        self._flushed = 0
+        self._send(self._mux.connected())
+        name = "dirty-client"
+        threading.Thread(target=self._read, args=(sock,), name=name, daemon=True).start()
+
+    def _send(self, parts: Parts) -> None:
+        """The arbiter always reads, so this never waits for long."""
+        sock = self._sock
+        try:
+            for part in parts:
+                view = memoryview(part)
+                while view and sock is not None:
+                    sent = sock.send(view)
+                    self._flushed += sent
+                    view = view[sent:]
+        except OSError:
+            pass  # the reader finds the end, after what the arbiter had still to say
+
+    def _shut(self, sock: socket.socket) -> None:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)  # wakes the reader, which closes it
+        except OSError:
+            pass
+
+    # The reader thread.
+
+    def _read(self, sock: socket.socket) -> None:
+        decoder = FrameDecoder(0xFFFFFFFF)
+        reason = "the other side closed the connection"
+        try:
+            while data := sock.recv(READ_SIZE):
+                decoder.receive_data(data)
+                with self._lock:
+                    now = time.monotonic()
+                    for frame in decoder.frames():
+                        for parts in self._mux.receive(frame, now):
+                            self._send(parts)
+        except (OSError, WireError) as error:
+            reason = str(error)
+        self._lost(sock, reason)
+
+    def _lost(self, sock: socket.socket, reason: str) -> None:
+        with self._lock:
+            sock.close()
+            if sock is not self._sock:
+                return
+            greeted = self._mux.phase is Phase.OPEN
+            self._sock = None
+            self._mux.lost(reason, self._flushed)
+        if not greeted:
+            time.sleep(RETRY_PAUSE)
+        with self._lock:
+            if self._mux.waiting and self._mux.phase is Phase.DOWN:
+                self._connect()

@@ -1,0 +1,65 @@
+"""Many deadlines, most of which never fire: O(1) to set and to drop.
+
+A heap with lazy deletion would keep every finished call until its deadline (300 s by default); a
+bucket per slice of time forgets at once.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+SLICE = 0.05
+"""Seconds a deadline may fire late. Callers and workers keep their own exact timers; the arbiter's
+are the net below them."""
+
+
+class Deadlines(Generic[T]):
+    """A set of items, each with one time at which it is due."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, set[T]] = {}
+        self._slices: list[int] = []  # heap of the keys of _buckets, possibly with stale ones
+        self._where: dict[T, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def set(self, item: T, when: float) -> None:
+        """Make `item` due at `when` (in place of an earlier setting); inf drops it."""
+        self.drop(item)
+        if math.isinf(when):
+            return
+        key = math.ceil(when / SLICE)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = set()
+            heapq.heappush(self._slices, key)
+        bucket.add(item)
+        self._where[item] = key
+
+    def drop(self, item: T) -> None:
+        key = self._where.pop(item, None)
+        if key is None:
+            return
+        bucket = self._buckets[key]
+        bucket.discard(item)
+
+    def due(self, now: float) -> list[T]:
+        """Take out and return the items whose time has come."""
+        found: list[T] = []
+        while self._slices and self._slices[0] * SLICE <= now:
+            for item in self._buckets.pop(heapq.heappop(self._slices)):
+                del self._where[item]
+                found.append(item)
+        return found
+
+    def next(self) -> float | None:
+        """When `due` is worth calling next."""
+        while self._slices and not self._buckets[self._slices[0]]:
+            del self._buckets[heapq.heappop(self._slices)]
+        return self._slices[0] * SLICE if self._slices else None

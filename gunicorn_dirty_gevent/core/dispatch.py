@@ -1,0 +1,534 @@
+"""Which call runs where: calls x workers, with queues, slots, deadlines and losses.
+
+Every method takes what happened (and `now`, seconds of one monotonic clock) and returns the actions
+to carry out, in order. No clock, no socket: the arbiter owns those.
+
+A call is in exactly one of these states:
+
+    ARRIVED    in no table yet                          -> QUEUED, RUNNING, ENDED
+    QUEUED     in its app's queue                       -> RUNNING, ENDED
+    RUNNING    at a worker, its caller waits            -> ABANDONED, QUEUED (idempotent, worker lost), ENDED
+    ABANDONED  at a worker, nobody waits any more       -> ENDED
+    ENDED      in no table
+
+A slot is taken from RUNNING until the worker's last frame for the call (or the worker's end): a
+cancelled action may still be in its `finally`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from . import faults, wire
+from .deadlines import Deadlines
+from .faults import Fault
+from .wire import Request
+
+REPLY_GRACE = 1.0
+"""Seconds after a call's deadline until its caller is answered without its worker's word. The worker
+ends the call exactly at the deadline; this covers a worker whose hub is blocked for a moment."""
+
+KILL_GRACE = 2.0
+"""Seconds past an action's own time limit (`dirty_timeout`) until its worker counts as stuck and is
+killed: the gentler ways to stop the action have all failed by then."""
+
+
+class State(enum.Enum):
+    ARRIVED = "arrived"
+    QUEUED = "queued"
+    RUNNING = "running"
+    ABANDONED = "abandoned"
+    ENDED = "ended"
+
+
+class Limits(NamedTuple):
+    """Bounds of the queues (see `gunicorn_dirty_gevent.settings`)."""
+
+    queue_calls: int
+    queue_bytes: int
+    calls_per_client: int
+
+
+class ActionTraits(NamedTuple):
+    """What an app's class says of one action."""
+
+    timeout: float  # seconds; inf for none
+    idempotent: bool = False
+
+
+class Call:
+    """One call on its way through the arbiter."""
+
+    __slots__ = (
+        "attempts",
+        "client",
+        "client_id",
+        "credit",
+        "deadline",
+        "enqueued",
+        "progress",
+        "request",
+        "state",
+        "traits",
+        "worker",
+        "worker_id",
+    )
+
+    def __init__(self, client: Any, client_id: int, request: Request, now: float) -> None:
+        self.client = client
+        self.client_id = client_id
+        self.request = request
+        self.deadline = now + request.budget
+        self.enqueued = now
+        self.state = State.ARRIVED
+        self.worker: Worker | None = None
+        self.worker_id = 0
+        self.progress = now
+        self.credit = wire.STREAM_WINDOW
+        self.attempts = 0
+        self.traits = ActionTraits(math.inf)
+
+
+class Worker:
+    """A dirty worker that is ready for calls."""
+
+    __slots__ = ("apps", "draining", "key", "last_id", "pid", "running", "slots")
+
+    def __init__(self, key: int, pid: int, apps: dict[str, AppTraits], slots: int) -> None:
+        self.key = key
+        self.pid = pid
+        self.apps = apps
+        self.slots = slots
+        self.running: dict[int, Call] = {}
+        self.last_id = 0
+        self.draining = False
+
+
+class AppTraits(NamedTuple):
+    """What a worker said of an app it has loaded."""
+
+    default: ActionTraits
+    actions: dict[str, ActionTraits]
+
+
+class Assign(NamedTuple):
+    """Send the call to its worker under `call_id`; `budget` is what is left of its time."""
+
+    worker: int
+    call_id: int
+    request: Request
+    budget: float
+
+
+class Forward(NamedTuple):
+    """Send a frame to a worker."""
+
+    worker: int
+    kind: int
+    call_id: int
+    payload: bytes
+
+
+class Reply(NamedTuple):
+    """Send a worker's frame on to a client."""
+
+    client: Any
+    kind: int
+    call_id: int
+    payload: bytes
+
+
+class Refuse(NamedTuple):
+    """Answer a client with an error of the arbiter's own."""
+
+    client: Any
+    call_id: int
+    fault: Fault
+
+
+class Kill(NamedTuple):
+    """The worker is stuck."""
+
+    worker: int
+    why: str
+
+
+Action = Assign | Forward | Reply | Refuse | Kill
+
+
+class _Queue:
+    """The calls that wait for one app, oldest first."""
+
+    def __init__(self) -> None:
+        self.calls: deque[Call] = deque()
+        self.live = 0  # calls in the deque that are still QUEUED
+        self.bytes = 0
+
+    def put(self, call: Call, *, first: bool = False) -> None:
+        call.state = State.QUEUED
+        if first:
+            self.calls.appendleft(call)
+        else:
+            self.calls.append(call)
+        self.live += 1
+        self.bytes += len(call.request.payload)
+
+    def left(self, call: Call) -> None:
+        """`call` is no longer QUEUED; it leaves the deque when it comes to the front."""
+        self.live -= 1
+        self.bytes -= len(call.request.payload)
+        if len(self.calls) > 64 and self.live * 2 < len(self.calls):
+            self.calls = deque(call for call in self.calls if call.state is State.QUEUED)
+
+    def head(self) -> Call | None:
+        while self.calls and self.calls[0].state is not State.QUEUED:
+            self.calls.popleft()
+        return self.calls[0] if self.calls else None
+
+
+class Dispatcher:
+    """See the module's text. Clients are any hashable keys; workers are known by an int."""
+
+    def __init__(self, apps: Iterable[str], limits: Limits) -> None:
+        self.limits = limits
+        self.late_frames = 0
+        """Frames for calls that had ended: dropped, counted."""
+        self._queues: dict[str, _Queue] = {app: _Queue() for app in apps}
+        self._faults: dict[str, Fault] = {}
+        self._clients: dict[Any, dict[int, Call]] = {}
+        self._workers: dict[int, Worker] = {}
+        self._deadlines: Deadlines[Call] = Deadlines()
+
+    # What the shell may look at.
+
+    @property
+    def running(self) -> int:
+        return sum(len(worker.running) for worker in self._workers.values())
+
+    @property
+    def queued(self) -> int:
+        return sum(queue.live for queue in self._queues.values())
+
+    @property
+    def idle(self) -> bool:
+        """No caller waits for anything."""
+        return not any(self._clients.values())
+
+    def running_on(self, worker: int) -> list[tuple[str, str]]:
+        """App and action of what a worker is running."""
+        known = self._workers.get(worker)
+        return [(c.request.app, c.request.action) for c in known.running.values()] if known else []
+
+    # Events from clients.
+
+    def submit(self, client: Any, call_id: int, request: Request, now: float) -> list[Action]:
+        """A client's request has arrived."""
+        queue = self._queues.get(request.app)
+        if queue is None:
+            return [Refuse(client, call_id, faults.app_unknown(request.app, list(self._queues)))]
+        calls = self._clients.setdefault(client, {})
+        if call_id in calls:
+            raise wire.WireError(f"call id {call_id} is already in use on this connection")
+        refusal = self._refusal(request, queue, calls)
+        if refusal is not None:
+            return [Refuse(client, call_id, refusal)]
+        call = Call(client, call_id, request, now)
+        calls[call_id] = call
+        worker = None if queue.live else self._free_worker(request.app)
+        if worker is not None:
+            return [self._assign(call, worker, now)]
+        if request.app in self._faults and not self._has(request.app):
+            return [self._end(call, self._faults[request.app])]
+        if queue.live >= self.limits.queue_calls:
+            return [self._end(call, faults.overloaded(request.app, self._full(queue)))]
+        queue.put(call)
+        self._deadlines.set(call, call.deadline)
+        return []
+
+    def _refusal(self, request: Request, queue: _Queue, calls: dict[int, Call]) -> Fault | None:
+        if len(calls) >= self.limits.calls_per_client:
+            return faults.overloaded(
+                request.app, f"this client has {len(calls)} calls in flight (calls_per_client)"
+            )
+        if queue.live and queue.bytes + len(request.payload) > self.limits.queue_bytes:
+            return faults.overloaded(
+                request.app, f"its queue holds {queue.bytes} bytes of requests (queue_bytes)"
+            )
+        return None
+
+    def _full(self, queue: _Queue) -> str:
+        return f"its queue is full with {queue.live} calls (queue_size)"
+
+    def cancel(self, client: Any, call_id: int, now: float) -> list[Action]:
+        """The caller has gone away."""
+        call = self._clients.get(client, {}).pop(call_id, None)
+        if call is None:
+            return []
+        if call.state is State.QUEUED:
+            self._leave_queue(call, State.ENDED)
+            return []
+        return self._abandon(call, now)
+
+    def credit(self, client: Any, call_id: int, payload: bytes, now: float) -> list[Action]:
+        """The reader of a stream took chunks (`payload` of its CREDIT frame)."""
+        amount = wire.unpack_credit(payload)
+        call = self._clients.get(client, {}).get(call_id)
+        if call is None or call.worker is None:
+            return []
+        paused = call.credit <= 0
+        call.credit += amount
+        if paused and call.credit > 0:
+            call.progress = now
+            self._watch(call)
+        return [Forward(call.worker.key, wire.CREDIT, call.worker_id, payload)]
+
+    def client_lost(self, client: Any, now: float) -> list[Action]:
+        """The connection has ended: so have its calls."""
+        actions: list[Action] = []
+        for call_id in list(self._clients.get(client, ())):
+            actions += self.cancel(client, call_id, now)
+        self._clients.pop(client, None)
+        return actions
+
+    # Events from workers.
+
+    def worker_ready(
+        self, worker: int, pid: int, apps: dict[str, AppTraits], slots: int, now: float
+    ) -> list[Action]:
+        """A worker takes calls for `apps`, `slots` at once."""
+        ready = self._workers[worker] = Worker(worker, pid, apps, slots)
+        for app in apps:
+            self._faults.pop(app, None)
+        return self._fill(ready, now)
+
+    def app_failed(self, app: str, fault: Fault) -> list[Action]:
+        """No worker could load the app: its callers get the app's own error, now and until a worker
+        loads it."""
+        self._faults[app] = fault
+        if self._has(app):
+            return []
+        queue = self._queues[app]
+        actions: list[Action] = []
+        while (call := queue.head()) is not None:
+            actions.append(self._end(call, fault))
+        return actions
+
+    def worker_draining(self, worker: int) -> None:
+        """Give the worker nothing new; it is going to stop when its calls have ended."""
+        if worker in self._workers:
+            self._workers[worker].draining = True
+
+    def frame_from_worker(
+        self, worker: int, kind: int, call_id: int, payload: bytes, now: float
+    ) -> list[Action]:
+        """A CHUNK, or a last frame (RESPONSE, ERROR, END)."""
+        running = self._workers[worker].running
+        call = running.get(call_id)
+        if call is None:
+            self.late_frames += 1
+            return []
+        wanted = call.state is State.RUNNING
+        if kind == wire.CHUNK:
+            call.progress = now
+            call.credit -= wire.chunk_cost(payload)
+            if not wanted:
+                self.late_frames += 1
+                return []
+            return [Reply(call.client, kind, call.client_id, payload)]
+        del running[call_id]
+        self._deadlines.drop(call)
+        call.state = State.ENDED
+        actions: list[Action] = []
+        if wanted:
+            del self._clients[call.client][call.client_id]
+            actions.append(Reply(call.client, kind, call.client_id, payload))
+        return actions + self._fill(self._workers[worker], now)
+
+    def worker_lost(self, worker: int, how: str, now: float) -> list[Action]:
+        """The worker is dead; `how` in words ("was killed by SIGKILL")."""
+        lost = self._workers.pop(worker, None)
+        if lost is None:
+            return []
+        actions: list[Action] = []
+        for call in reversed(list(lost.running.values())):
+            self._deadlines.drop(call)
+            if call.state is not State.RUNNING:
+                call.state = State.ENDED
+            elif call.traits.idempotent and call.attempts < 2 and call.deadline > now:
+                actions += self._requeue(call)
+            else:
+                request = call.request
+                fault = faults.worker_died(request.app, request.action, lost.pid, how)
+                actions.append(self._end(call, fault))
+        for other in self._workers.values():
+            actions += self._fill(other, now)
+        return actions
+
+    def _requeue(self, call: Call) -> list[Action]:
+        call.worker = None
+        call.credit = wire.STREAM_WINDOW
+        self._queues[call.request.app].put(call, first=True)
+        self._deadlines.set(call, call.deadline)
+        return []
+
+    def stop(self) -> list[Action]:
+        """Nothing will run any more: end every call."""
+        actions: list[Action] = []
+        for calls in list(self._clients.values()):
+            for call in list(calls.values()):
+                ran = call.state is State.RUNNING
+                actions.append(self._end(call, faults.stopping(call.request.app, call.request.action, ran)))
+                if ran:
+                    call.state = State.ABANDONED  # it keeps its slot until its worker has ended
+        return actions
+
+    # Time.
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is worth calling next."""
+        return self._deadlines.next()
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed."""
+        actions: list[Action] = []
+        for call in self._deadlines.due(now):
+            if call.state is State.QUEUED:
+                actions.append(self._end(call, self._queue_timeout(call, now)))
+            else:
+                actions += self._overdue(call, now)
+        return actions
+
+    def _queue_timeout(self, call: Call, now: float) -> Fault:
+        request = call.request
+        holders = [w for w in self._workers.values() if request.app in w.apps and not w.draining]
+        if holders:
+            slots = sum(worker.slots for worker in holders)
+            why = f"all {slots} slots of {len(holders)} workers were busy"
+        else:
+            why = "no dirty worker was ready with this app"
+        return faults.queue_timeout(request.app, request.action, now - call.enqueued, why)
+
+    def _overdue(self, call: Call, now: float) -> list[Action]:
+        """A call at a worker has passed the caller's deadline, its own time limit, or both."""
+        worker = call.worker
+        assert worker is not None
+        request = call.request
+        actions: list[Action] = []
+        stuck = self._stuck_at(call)
+        if stuck <= now:
+            limit = call.traits.timeout
+            why = (
+                f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
+            )
+            if call.state is State.RUNNING:
+                actions.append(self._end_abandoned(call, now))
+            return [*actions, Kill(worker.key, why)]
+        if call.state is State.RUNNING and call.deadline + REPLY_GRACE <= now:
+            return [self._end_abandoned(call, now), *self._abandon(call, now)]
+        self._watch(call)
+        return actions
+
+    def _end_abandoned(self, call: Call, now: float) -> Refuse:
+        """Answer the caller while the call still holds its slot."""
+        assert call.worker is not None
+        del self._clients[call.client][call.client_id]
+        call.state = State.ABANDONED
+        request = call.request
+        ran = now - call.enqueued
+        fault = faults.run_timeout(request.app, request.action, ran, call.worker.pid)
+        return Refuse(call.client, call.client_id, fault)
+
+    def _stuck_at(self, call: Call) -> float:
+        """When the call's worker counts as stuck. A stream's limit counts from its last chunk, and
+        stands still while its reader has given it no credit."""
+        if call.credit <= 0 and call.state is State.RUNNING:
+            return math.inf
+        return call.progress + call.traits.timeout + KILL_GRACE
+
+    def _watch(self, call: Call) -> None:
+        when = self._stuck_at(call)
+        if call.state is State.RUNNING:
+            when = min(when, call.deadline + REPLY_GRACE)
+        self._deadlines.set(call, when)
+
+    # Placing calls.
+
+    def _has(self, app: str) -> bool:
+        return any(app in worker.apps for worker in self._workers.values())
+
+    def _free_worker(self, app: str) -> Worker | None:
+        """The least loaded worker with the app and a free slot."""
+        best: Worker | None = None
+        least = -1
+        for worker in self._workers.values():
+            load = len(worker.running)
+            if worker.draining or load >= worker.slots or app not in worker.apps:
+                continue
+            if best is None or load < least:
+                best, least = worker, load
+        if best is not None and len(self._workers) > 1:
+            # To the end of the line, so that equally loaded workers take turns.
+            self._workers[best.key] = self._workers.pop(best.key)
+        return best
+
+    def _assign(self, call: Call, worker: Worker, now: float) -> Assign:
+        request = call.request
+        app = worker.apps[request.app]
+        call.traits = app.actions.get(request.action, app.default)
+        call.state = State.RUNNING
+        call.worker = worker
+        call.progress = now
+        call.attempts += 1
+        worker.last_id += 1
+        call.worker_id = worker.last_id
+        worker.running[call.worker_id] = call
+        self._watch(call)
+        return Assign(worker.key, call.worker_id, request, call.deadline - now)
+
+    def _fill(self, worker: Worker, now: float) -> list[Action]:
+        """Give a worker's free slots to the calls that have waited longest."""
+        actions: list[Action] = []
+        while not worker.draining and len(worker.running) < worker.slots:
+            call = self._oldest(worker)
+            if call is None:
+                break
+            self._leave_queue(call, State.RUNNING)
+            actions.append(self._assign(call, worker, now))
+        return actions
+
+    def _oldest(self, worker: Worker) -> Call | None:
+        best: Call | None = None
+        for app in worker.apps:
+            queue = self._queues.get(app)
+            if queue is None or not queue.live:
+                continue
+            call = queue.head()
+            if call is not None and (best is None or call.enqueued < best.enqueued):
+                best = call
+        return best
+
+    def _leave_queue(self, call: Call, state: State) -> None:
+        call.state = state
+        self._queues[call.request.app].left(call)
+        self._deadlines.drop(call)
+
+    def _abandon(self, call: Call, now: float) -> list[Action]:
+        """Nobody waits for a call that is at a worker: ask the worker to stop it."""
+        assert call.worker is not None
+        if call.credit <= 0:
+            call.progress = now  # the time it was paused is not its own
+        call.state = State.ABANDONED
+        self._watch(call)
+        return [Forward(call.worker.key, wire.CANCEL, call.worker_id, b"")]
+
+    def _end(self, call: Call, fault: Fault) -> Refuse:
+        """End a call that is at no worker with an error."""
+        if call.state is State.QUEUED:
+            self._leave_queue(call, State.ENDED)
+        call.state = State.ENDED
+        del self._clients[call.client][call.client_id]
+        return Refuse(call.client, call.client_id, fault)

@@ -1,0 +1,170 @@
+"""Errors as they travel: what failed, whose fault, whether the call may have run, what to do.
+
+A fault is the dict that gunicorn's ``DirtyError.to_dict()`` makes (``error_type``, ``message``,
+``details``), so each dialect of the wire can carry it. ``details["may_have_run"]`` is the answer to
+"can I safely call again?". The exception classes live in `gunicorn_dirty_gevent.errors`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Fault = dict[str, Any]
+
+
+def fault(error_type: str, message: str, *, may_have_run: bool, **details: Any) -> Fault:
+    """A fault; details that are None are left out."""
+    kept = {name: value for name, value in details.items() if value is not None}
+    kept["may_have_run"] = may_have_run
+    return {"error_type": error_type, "message": message, "details": kept}
+
+
+def app_unknown(app: str, known: list[str]) -> Fault:
+    return fault(
+        "DirtyAppNotFoundError",
+        f"Dirty app not found: {app}; dirty_apps has {', '.join(known) or 'none'}",
+        may_have_run=False,
+        app_path=app,
+    )
+
+
+def action_unknown(app: str, action: str, message: str) -> Fault:
+    return fault("DirtyActionNotFoundError", message, may_have_run=False, app_path=app, action=action)
+
+
+def protocol(message: str, *, may_have_run: bool) -> Fault:
+    return fault("DirtyProtocolError", message, may_have_run=may_have_run)
+
+
+def unencodable(message: str, app: str, action: str) -> Fault:
+    return fault("DirtyEncodeError", message, may_have_run=True, app_path=app, action=action)
+
+
+def overloaded(app: str, what: str) -> Fault:
+    return fault(
+        "DirtyOverloadedError",
+        f"{app}: {what}; the call has not run, try again later or raise the limit",
+        may_have_run=False,
+        app_path=app,
+    )
+
+
+def message_too_large(what: str, size: int, limit: int, *, ran: bool) -> Fault:
+    told = "the call has run" if ran else "nothing was sent"
+    return fault(
+        "DirtyMessageTooLargeError",
+        f"{what} take {size} bytes encoded; max_message_size is {limit}; {told}",
+        may_have_run=ran,
+        size=size,
+        limit=limit,
+    )
+
+
+def queue_timeout(app: str, action: str, waited: float, why: str) -> Fault:
+    return fault(
+        "DirtyTimeoutError",
+        f"{app}.{action} was not started within {waited:.3g} s: {why}; it has not run",
+        may_have_run=False,
+        timeout=waited,
+        app_path=app,
+        action=action,
+    )
+
+
+def stopped_by_timeout(app: str, action: str, limit: float, pid: int, *, own_limit: bool) -> Fault:
+    whose = "dirty_timeout" if own_limit else "the time its caller gave it"
+    return fault(
+        "DirtyTimeoutError",
+        f"{app}.{action} was stopped after {limit:.3g} s in dirty worker {pid} ({whose}); it has run in part",
+        may_have_run=True,
+        timeout=limit,
+        app_path=app,
+        action=action,
+        worker_id=pid,
+    )
+
+
+def no_answer(app: str, action: str, timeout: float | None, socket_path: str, *, sent: bool) -> Fault:
+    if sent:
+        told = "the request was sent, so the call may have run; the dirty arbiter did not answer"
+    else:
+        told = "there was no connection to the dirty arbiter, so the call has not run"
+    return fault(
+        "DirtyTimeoutError",
+        f"{app}.{action} did not end within {timeout:.6g} s: {told}",
+        may_have_run=sent,
+        timeout=timeout,
+        socket_path=socket_path,
+        app_path=app,
+        action=action,
+    )
+
+
+def idle_stream(app: str, action: str, idle: float, *, sent: bool) -> Fault:
+    return fault(
+        "DirtyTimeoutError",
+        f"no chunk from {app}.{action} for {idle:.3g} s (idle_timeout)",
+        may_have_run=sent,
+        timeout=idle,
+        app_path=app,
+        action=action,
+    )
+
+
+def run_timeout(app: str, action: str, ran: float, pid: int) -> Fault:
+    return fault(
+        "DirtyTimeoutError",
+        f"{app}.{action} did not end within the time its caller gave it and worker {pid} has not "
+        f"confirmed that it stopped; it has run for {ran:.3g} s",
+        may_have_run=True,
+        timeout=ran,
+        app_path=app,
+        action=action,
+        worker_id=pid,
+    )
+
+
+def worker_died(app: str, action: str, pid: int, how: str) -> Fault:
+    return fault(
+        "DirtyWorkerDiedError",
+        f"dirty worker {pid} {how} while it ran {app}.{action}; the call may have run, in part or whole",
+        may_have_run=True,
+        app_path=app,
+        action=action,
+        worker_id=pid,
+    )
+
+
+def stopping(app: str, action: str, may_have_run: bool) -> Fault:
+    ran = "it was cut off while it ran" if may_have_run else "it has not run"
+    return fault(
+        "DirtyWorkerError",
+        f"{app}.{action}: the dirty arbiter stopped before the call ended; {ran}",
+        may_have_run=may_have_run,
+        app_path=app,
+        action=action,
+    )
+
+
+def answer_dropped(size: int, limit: int) -> Fault:
+    return fault(
+        "DirtyOverloadedError",
+        f"the action ran, but its answer of {size} bytes was dropped: this process leaves more than "
+        f"{limit} bytes of answers unread (unread_bytes)",
+        may_have_run=True,
+    )
+
+
+def connection_lost(app: str, action: str, reason: str, sent: bool, socket_path: str) -> Fault:
+    if sent:
+        told = "the request had been sent, so the call may have run"
+    else:
+        told = "the request had not been sent, so the call has not run"
+    return fault(
+        "DirtyConnectionError",
+        f"lost the dirty arbiter during {app}.{action} ({reason}); {told}",
+        may_have_run=sent,
+        socket_path=socket_path,
+        app_path=app,
+        action=action,
+    )

@@ -1,0 +1,206 @@
+"""The caller's end: many calls over one link, which may be lost and made again.
+
+Frames in, parts to send and notified calls out; no socket, no clock. The shell around it makes the
+connection whenever calls are waiting, hands in what arrives and says how many bytes the kernel took
+before a link was lost: from that alone it follows which calls may have run.
+
+A link is DOWN, then GREETING (connected, our HELLO is out, the arbiter's is not there yet), then
+OPEN. Requests go out only when it is OPEN: a connection that waits in the backlog of an arbiter that
+is being replaced has no call's fate tied to it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable
+
+from . import faults, wire
+from .faults import Fault
+from .wire import Frame, Parts
+
+CREDIT_STEP = wire.STREAM_WINDOW // 2
+"""A reader gives credit back in steps of half a window: the writer never runs dry while the reader
+keeps up, and small chunks do not cost a frame each."""
+
+
+class Phase(enum.Enum):
+    DOWN = "down"
+    GREETING = "greeting"
+    OPEN = "open"
+
+
+def nobody() -> None:
+    """A call that nobody waits for yet."""
+
+
+class Call:
+    """One call and what has come back for it."""
+
+    __slots__ = (
+        "action",
+        "app",
+        "body",
+        "chunks",
+        "consumed",
+        "deadline",
+        "end",
+        "fault",
+        "id",
+        "last",
+        "notify",
+        "stream",
+    )
+
+    def __init__(self, app: str, action: str, body: bytes, deadline: float, stream: bool) -> None:
+        self.app = app
+        self.action = action
+        self.body = body
+        self.deadline = deadline
+        self.stream = stream
+        self.id = 0  # 0: not on a link
+        self.end = 0  # where the request ends in the bytes of its link
+        self.chunks: deque[bytes] = deque()
+        self.consumed = 0
+        self.last: Frame | None = None  # RESPONSE, ERROR or END
+        self.fault: Fault | None = None  # what the mux itself has to say
+        self.notify: Callable[[], None] = nobody
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will arrive."""
+        return self.last is not None or self.fault is not None
+
+
+class Mux:
+    """See the module's text."""
+
+    def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
+        self.phase = Phase.DOWN
+        self.max_message = 0
+        """The largest payload that the arbiter takes; 0 until it has said so."""
+        self.late_frames = 0
+        """Frames for calls that had ended: dropped, counted."""
+        self.waiting: dict[Call, None] = {}  # in order; not on a link yet
+        self._calls: dict[int, Call] = {}
+        self._last_id = 0  # never used again on a later link: a late frame fits no call
+        self._sent = 0  # bytes given to the link
+
+    @property
+    def pending(self) -> int:
+        return len(self._calls) + len(self.waiting)
+
+    # The link.
+
+    def connected(self) -> Parts:
+        """A connection stands: what to send first."""
+        self.phase = Phase.GREETING
+        self._sent = 0
+        return self._send((wire.pack_hello(),))
+
+    def receive(self, frame: Frame, now: float) -> list[Parts]:
+        """A frame has arrived: what to send for it."""
+        kind, call_id, payload = frame
+        if kind == wire.HELLO:
+            return self._greeted(wire.unpack_hello(payload), now)
+        if self.phase is not Phase.OPEN:
+            raise wire.WireError("the arbiter answered before it said hello")
+        call = self._calls.get(call_id)
+        if call is None:
+            self.late_frames += 1
+            return []
+        if kind == wire.CHUNK:
+            call.chunks.append(payload)
+        elif kind in (wire.RESPONSE, wire.ERROR, wire.END):
+            del self._calls[call_id]
+            call.last = frame
+        else:
+            raise wire.WireError(f"the arbiter sent a frame of kind {kind:#x}")
+        call.notify()
+        return []
+
+    def _greeted(self, max_message: int, now: float) -> list[Parts]:
+        if self.phase is not Phase.GREETING:
+            raise wire.WireError("the arbiter said hello twice")
+        self.phase = Phase.OPEN
+        self.max_message = max_message
+        waiting = list(self.waiting)
+        self.waiting.clear()
+        return [parts for call in waiting if (parts := self.submit(call, now)) is not None]
+
+    def lost(self, reason: str, flushed: int) -> None:
+        """The link has ended; the kernel took its first `flushed` bytes.
+
+        Calls whose request was not handed over whole have certainly not run: they wait for the next
+        link. The others end.
+        """
+        self.phase = Phase.DOWN
+        calls = list(self._calls.values())
+        self._calls.clear()
+        for call in calls:
+            if call.end > flushed:
+                call.id = 0
+                self.waiting[call] = None
+            else:
+                self._fail(call, reason, sent=True)
+
+    def refuse(self, reason: str) -> None:
+        """No link can be made: the waiting calls end."""
+        waiting = list(self.waiting)
+        self.waiting.clear()
+        for call in waiting:
+            self._fail(call, reason, sent=False)
+
+    def _fail(self, call: Call, reason: str, *, sent: bool) -> None:
+        call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+        call.notify()
+
+    # The calls.
+
+    def submit(self, call: Call, now: float) -> Parts | None:
+        """A new call: what to send, or None when it has to wait for the link.
+
+        A message over the arbiter's limit ends the call with a fault, before anything is sent.
+        """
+        if self.phase is not Phase.OPEN:
+            self.waiting[call] = None
+            return None
+        flags = wire.FLAG_STREAM if call.stream else 0
+        envelope = wire.pack_envelope(call.app, call.action, call.deadline - now, flags)
+        size = len(envelope) + len(call.body)
+        if size > self.max_message:
+            call.fault = faults.message_too_large(
+                f"the arguments of {call.app}.{call.action}", size, self.max_message, ran=False
+            )
+            call.notify()
+            return None
+        self._last_id += 1
+        call.id = self._last_id
+        self._calls[call.id] = call
+        parts = self._send(wire.pack_request(call.id, envelope, call.body))
+        call.end = self._sent
+        return parts
+
+    def cancel(self, call: Call) -> Parts | None:
+        """The caller has gone away. Nothing further reaches the call."""
+        self.waiting.pop(call, None)
+        if self._calls.pop(call.id, None) is None:
+            return None
+        return self._send((wire.pack_frame(wire.CANCEL, call.id),))
+
+    def take_chunk(self, call: Call) -> tuple[bytes, Parts | None]:
+        """The next chunk of a stream that has one, and the credit to send for it."""
+        payload = call.chunks.popleft()
+        call.consumed += wire.chunk_cost(payload)
+        if call.consumed < CREDIT_STEP or call.id not in self._calls:
+            return payload, None
+        credit, call.consumed = call.consumed, 0
+        return payload, self._send((wire.pack_credit(call.id, credit),))
+
+    def was_sent(self, call: Call) -> bool:
+        return call.id != 0
+
+    def _send(self, parts: Parts) -> Parts:
+        self._sent += sum(map(len, parts))
+        return parts

@@ -1,0 +1,260 @@
+"""Frames of the ``GD`` version 2 wire: bytes in, frames out.
+
+A frame is gunicorn's 16-byte dirty header with version 2 (magic ``GD``, version, kind, payload
+length, call id; big-endian) and a payload. The layout of the header is gunicorn's
+(``gunicorn/dirty/protocol.py``), so one socket can tell both versions apart by the third byte.
+
+A REQUEST's payload starts with an envelope: what the arbiter must know to place the call. The body
+after it is only read by the worker.
+
+Ids are chosen by the side that opens the call and mean nothing beyond that one link.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+from typing import NamedTuple
+
+MAGIC = b"GD"
+VERSION = 2
+
+_HEADER = struct.Struct(">2sBBIQ")
+HEADER_SIZE = _HEADER.size
+_ENVELOPE = struct.Struct(">dBBHH")  # budget, flags, codec, length of app, length of action
+_BUDGET = struct.Struct(">d")
+_HELLO = struct.Struct(">Q")
+_CREDIT = struct.Struct(">I")
+
+DEFAULT_MAX_MESSAGE = 128 * 1024 * 1024
+"""Bytes of one payload. Twice gunicorn's 64 MiB (``MAX_MESSAGE_SIZE``), so that a value which is
+itself 64 MiB fits together with its framing; the length field would allow 4 GiB."""
+
+MIN_CHUNK_COST = 4096
+"""The least that a chunk takes of its stream's window, in bytes: bounds the *number* of chunks under
+way too (64 with the default window), for tiny chunks cost memory beyond their bytes."""
+
+STREAM_WINDOW = 64 * MIN_CHUNK_COST
+"""Bytes of chunks (256 KiB) a worker may send ahead of its reader: above a socket buffer (208 KiB on
+Linux), so a fast reader never waits for credit; small enough for thousands of streams."""
+
+
+class Kind(enum.IntEnum):
+    """What a frame says. Values below 0x06 are gunicorn's."""
+
+    REQUEST = 0x01
+    RESPONSE = 0x02
+    ERROR = 0x03
+    CHUNK = 0x04
+    END = 0x05
+    CANCEL = 0x06  # the caller has gone away: stop the call, answer with any last frame
+    CREDIT = 0x07  # the reader took chunks: so many bytes more may be sent
+    HELLO = 0x08  # first frame both ways on a client's link; the arbiter's carries its limits
+    CLASSES = 0x20  # worker: what the app classes declare
+    READY = 0x21  # worker: apps are loaded; from now on it takes calls
+    STOP = 0x22  # arbiter: finish what runs, then exit; worker: send me nothing more, I go
+
+
+REQUEST = int(Kind.REQUEST)
+RESPONSE = int(Kind.RESPONSE)
+ERROR = int(Kind.ERROR)
+CHUNK = int(Kind.CHUNK)
+END = int(Kind.END)
+CANCEL = int(Kind.CANCEL)
+CREDIT = int(Kind.CREDIT)
+HELLO = int(Kind.HELLO)
+CLASSES = int(Kind.CLASSES)
+READY = int(Kind.READY)
+STOP = int(Kind.STOP)
+_KINDS = frozenset(int(kind) for kind in Kind)
+
+FLAG_STREAM = 0x01
+"""Envelope flag: the caller iterates; without it an action that returns a generator is an error."""
+
+CODEC_MSGPACK = 0
+
+
+class WireError(Exception):
+    """The peer sent bytes that are no frames. The link can't be used any further."""
+
+
+class Frame(NamedTuple):
+    """One frame; `kind` is a `Kind` as a plain int (hot path)."""
+
+    kind: int
+    call_id: int
+    payload: bytes
+
+
+class Request(NamedTuple):
+    """A REQUEST as the arbiter needs it: the envelope read, the rest as it came."""
+
+    app: str
+    action: str
+    budget: float  # seconds the caller will still wait; inf for no limit
+    flags: int
+    codec: int
+    payload: bytes  # the whole payload, envelope and body
+    body_at: int
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.flags & FLAG_STREAM)
+
+    @property
+    def body(self) -> memoryview:
+        """The encoded arguments."""
+        return memoryview(self.payload)[self.body_at :]
+
+
+Parts = tuple[bytes | memoryview, ...]
+"""Bytes to be sent one after the other."""
+
+
+def pack_frame(kind: int, call_id: int, payload: bytes = b"") -> bytes:
+    """One frame as bytes."""
+    return _HEADER.pack(MAGIC, VERSION, kind, len(payload), call_id) + payload
+
+
+_JOIN_LIMIT = 65536
+"""Bodies above this are handed to the socket as a part of their own instead of being copied behind
+their header; below, one copy is cheaper than a second part."""
+
+
+def pack_envelope(app: str, action: str, budget: float, flags: int = 0, codec: int = 0) -> bytes:
+    """The envelope of a REQUEST; the body follows it.
+
+    Raises `ValueError` when app or action have no place in it (over 65,535 bytes, or not UTF-8).
+    """
+    app_bytes = app.encode()
+    action_bytes = action.encode()
+    if len(app_bytes) > 0xFFFF or len(action_bytes) > 0xFFFF:
+        raise ValueError("the names of app and action are limited to 65535 bytes each")
+    fixed = _ENVELOPE.pack(budget, flags, codec, len(app_bytes), len(action_bytes))
+    return fixed + app_bytes + action_bytes
+
+
+def pack_request(call_id: int, envelope: bytes, body: bytes) -> Parts:
+    """A REQUEST frame."""
+    size = len(envelope) + len(body)
+    header = _HEADER.pack(MAGIC, VERSION, REQUEST, size, call_id)
+    if len(body) <= _JOIN_LIMIT:
+        return (header + envelope + body,)
+    return (header + envelope, body)
+
+
+def repack_request(call_id: int, request: Request, budget: float) -> Parts:
+    """The same request for the next link: another id, less time, nothing else touched."""
+    payload = request.payload
+    head = _HEADER.pack(MAGIC, VERSION, REQUEST, len(payload), call_id) + _BUDGET.pack(budget)
+    if len(payload) <= _JOIN_LIMIT:
+        return (head + payload[_BUDGET.size :],)
+    return (head, memoryview(payload)[_BUDGET.size :])
+
+
+def unpack_request(payload: bytes) -> Request:
+    """Read a REQUEST's payload. Raises `WireError` when the envelope is broken."""
+    if len(payload) < _ENVELOPE.size:
+        raise WireError(f"request envelope cut short at {len(payload)} bytes")
+    budget, flags, codec, app_size, action_size = _ENVELOPE.unpack_from(payload)
+    app_end = _ENVELOPE.size + app_size
+    end = app_end + action_size
+    if end > len(payload):
+        raise WireError("request envelope names more bytes than the frame has")
+    if math.isnan(budget):
+        raise WireError("request envelope has no number for its time budget")
+    try:
+        app = payload[_ENVELOPE.size : app_end].decode()
+        action = payload[app_end:end].decode()
+    except UnicodeDecodeError as error:
+        raise WireError("app or action in a request envelope is not UTF-8") from error
+    return Request(app, action, budget, flags, codec, payload, end)
+
+
+def pack_hello(max_message: int = 0) -> bytes:
+    """The first frame of either side; the arbiter names the largest payload that it takes."""
+    return pack_frame(HELLO, 0, _HELLO.pack(max_message))
+
+
+def unpack_hello(payload: bytes) -> int:
+    """The peer's `max_message`. Longer payloads are read too: room for later versions."""
+    if len(payload) < _HELLO.size:
+        raise WireError("hello cut short")
+    return int(_HELLO.unpack_from(payload)[0])
+
+
+def pack_credit(call_id: int, amount: int) -> bytes:
+    """So many bytes more may be sent on the stream."""
+    return pack_frame(CREDIT, call_id, _CREDIT.pack(amount))
+
+
+def unpack_credit(payload: bytes) -> int:
+    if len(payload) != _CREDIT.size:
+        raise WireError("credit frame of the wrong size")
+    return int(_CREDIT.unpack(payload)[0])
+
+
+def chunk_cost(payload: bytes) -> int:
+    """What a chunk takes of its stream's window."""
+    return max(len(payload), MIN_CHUNK_COST)
+
+
+class FrameDecoder:
+    """Bytes of one link in, whole frames out.
+
+    `receive_data` only stores; `frames` returns what is complete. After an error the frames before
+    it are still returned, then every further call raises the same `WireError`.
+    """
+
+    def __init__(self, max_message: int = DEFAULT_MAX_MESSAGE) -> None:
+        self.max_message = max_message
+        self._parts: list[bytes] = []
+        self._size = 0
+        # Nothing can be complete before so many bytes are there: a large frame is joined once, not
+        # at each read.
+        self._needed = HEADER_SIZE
+        self._error: WireError | None = None
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of a frame that is not complete yet."""
+        return self._size
+
+    def receive_data(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._size += len(data)
+
+    def frames(self) -> list[Frame]:
+        if self._error is not None:
+            raise self._error
+        if self._size < self._needed:
+            return []
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        found: list[Frame] = []
+        position = 0
+        size = len(data)
+        self._needed = HEADER_SIZE
+        while size - position >= HEADER_SIZE:
+            magic, version, kind, length, call_id = _HEADER.unpack_from(data, position)
+            if magic != MAGIC or version != VERSION or kind not in _KINDS:
+                return self._fail(found, data[position : position + HEADER_SIZE])
+            if length > self.max_message:
+                return self._fail(found, b"", f"a frame of {length} bytes; {self.max_message} may be sent")
+            start = position + HEADER_SIZE
+            if size - start < length:
+                self._needed = HEADER_SIZE + length
+                break
+            position = start + length
+            found.append(Frame(kind, call_id, data[start:position]))
+        self._parts = [data[position:]] if position < size else []
+        self._size = size - position
+        return found
+
+    def _fail(self, found: list[Frame], header: bytes, why: str = "") -> list[Frame]:
+        self._error = WireError(why or f"not a frame of this protocol: {header.hex()}")
+        self._parts = []
+        self._size = 0
+        if not found:
+            raise self._error
+        return found

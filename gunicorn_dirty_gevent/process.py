@@ -1,0 +1,192 @@
+"""Processes: the one file that forks, kills and reaps.
+
+Measured on gevent 26.9: after ``os.fork()``, and also after ``gevent.reinit()`` alone, the parent's
+greenlets run on in the child, on the parent's sockets. ``reinit()`` and then
+``get_hub().destroy(destroy_loop=True)`` *from the main greenlet* gives a clean child in which a new
+hub, ``monkey.patch_all()``, subprocess and the threadpool work; the same from a spawned greenlet
+ends in ``LoopExit``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import gevent
+from gevent import monkey
+from gevent._hub_local import get_hub_if_exists
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+EXIT_ERROR = 1
+"""Exit code after an error. Never 3 or 4: gunicorn's master halts on those."""
+
+
+def fork(child: Callable[[], object], keep: Callable[[], Iterable[int]], release: Callable[[], None]) -> int:
+    """Fork; `child()` runs in a clean child process, which then exits. Returns the child's pid.
+
+    To be called from the main greenlet only. `release()` runs first in the child and must let go of
+    everything that is tied to the parent's hub (watchers, links); `keep()` then names the
+    descriptors that stay.
+    """
+    # A signal between the fork and the child's own handlers would run the parent's in the child.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = int(monkey.get_original("os", "fork")())
+        if pid == 0:
+            run_child(child, keep, release)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def run_child(
+    child: Callable[[], object], keep: Callable[[], Iterable[int]], release: Callable[[], None]
+) -> NoReturn:
+    """Make this freshly forked process clean, run `child()` in it, and exit without returning."""
+    code = EXIT_ERROR
+    try:
+        reset_signals()
+        release()
+        _renew_hub()
+        release_descriptors(keep())
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        child()
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else EXIT_ERROR
+    except BaseException:
+        # Nobody above us in this process may see it: those frames are the parent's.
+        logging.getLogger("gunicorn.error").exception("Exception in a dirty process")
+    finally:
+        leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now; atexit handlers and open frames are the parent's, not ours."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:
+            pass
+    os._exit(EXIT_ERROR if code in (3, 4) else code)
+
+
+def reset_signals() -> None:
+    """Every signal back to its default, except those that are ignored by inheritance."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        try:
+            if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL, None):
+                signal.signal(number, signal.SIG_DFL)
+        except (OSError, ValueError):  # KILL and STOP, and those reserved for the C library
+            pass
+    # Python's own start-up setting, which the loop above leaves alone.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+
+def _renew_hub() -> None:
+    if get_hub_if_exists() is not None:
+        gevent.reinit()
+        gevent.get_hub().destroy(destroy_loop=True)
+
+
+def release_descriptors(keep: Iterable[int]) -> None:
+    """Let go of the parent's sockets, pipes and event descriptors that are not in `keep`.
+
+    They are replaced by /dev/null, not closed: objects of the parent that are still alive here would
+    close their number later, and with it whatever had taken the number by then. Files, standard
+    streams and what logging handlers write to stay.
+    """
+    kept = {0, 1, 2, *keep, *_logging_descriptors()}
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for name in os.listdir("/proc/self/fd"):
+            number = int(name)
+            if number not in kept and number != null and _is_channel(number):
+                os.dup2(null, number, inheritable=False)
+    finally:
+        os.close(null)
+
+
+def _is_channel(number: int) -> bool:
+    try:
+        mode = os.fstat(number).st_mode
+        if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
+            return True
+        return os.readlink(f"/proc/self/fd/{number}").startswith("anon_inode:[event")
+    except OSError:
+        return False
+
+
+def _logging_descriptors() -> set[int]:
+    """Descriptors of the log handlers: files, streams, syslog and statsd sockets."""
+    found: set[int] = set()
+    loggers = [
+        logging.getLogger(),
+        *map(logging.getLogger, list(logging.Logger.manager.loggerDict)),
+    ]
+    for target in [*loggers, *(handler for logger in loggers for handler in logger.handlers)]:
+        for attribute in ("stream", "socket", "sock"):
+            try:
+                found.add(getattr(target, attribute).fileno())
+            except Exception:
+                continue
+    return found
+
+
+def dump_stacks_on_crash(log: Any) -> None:
+    """Have the stacks of all threads written to the error log on SIGSEGV, SIGABRT and the like."""
+    for handler in log.error_log.handlers:
+        try:
+            faulthandler.enable(file=handler.stream)
+            return
+        except (AttributeError, OSError, RuntimeError, ValueError):
+            continue
+    if sys.__stderr__ is not None:
+        faulthandler.enable(file=sys.__stderr__)
+
+
+def die_with_parent(number: int, parent: int) -> None:
+    """Ask the kernel to send us signal `number` when the parent dies.
+
+    To be called after privileges were dropped (changing the user clears the setting), from the main
+    thread. If the parent is dead already, the signal is sent at once.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def kill(pid: int, number: int) -> None:
+    """Send a signal to a child that has not been reaped; one that has ended is no error."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def reap(pid: int) -> int | None:
+    """The wait status of a child if it has ended. Only known pids: others are not ours to take."""
+    try:
+        reaped, status = monkey.get_original("os", "waitpid")(pid, os.WNOHANG)
+    except ChildProcessError:
+        return 0
+    return int(status) if reaped else None
+
+
+def describe_status(status: int) -> str:
+    """How a process ended, in words that follow its name: "was killed by SIGSEGV"."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        hint = " (perhaps out of memory)" if number == signal.SIGKILL else ""
+        return f"was killed by {name}{hint}"
+    return f"exited with code {os.WEXITSTATUS(status)}"

@@ -1,0 +1,207 @@
+"""One call inside a dirty worker: a greenlet that runs the action and sends what comes of it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import gevent
+from gevent.event import Event
+
+from . import app as apps
+from .core import faults, values, wire
+from .core.faults import Fault
+from .core.wire import Request
+
+
+class Host(Protocol):
+    """What a task needs of its worker."""
+
+    apps: dict[str, Any]
+    limit: float
+    max_message: int
+    pid: int | str
+
+    def send(self, kind: int, call_id: int, payload: bytes) -> None: ...
+
+    def ended(self, task: Task) -> None: ...
+
+    def log_error(self, message: str, *args: object) -> None: ...
+
+
+class _Refused(Exception):
+    """The call ends with this fault."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+
+
+class Task(gevent.Greenlet):  # type: ignore[type-arg]
+    """Runs one request; whatever happens, sends exactly one last frame for it."""
+
+    def __init__(self, host: Host, call_id: int, request: Request) -> None:
+        super().__init__()
+        self.call_id = call_id
+        self.request = request
+        self._host = host
+        self._deadline = time.monotonic() + request.budget
+        self._began = False
+        self._cancelled = False
+        self._credit = wire.STREAM_WINDOW
+        self._credit_came = Event()
+        self._timeout = gevent.Timeout(None)
+
+    # What the worker tells it, from the hub.
+
+    def cancel(self) -> None:
+        """The caller has gone away: end the action; its `finally` blocks run."""
+        self._cancelled = True
+        if self._began:
+            # A greenlet that is killed before it began would never run, and send nothing.
+            self.kill(block=False)
+
+    def add_credit(self, amount: int) -> None:
+        self._credit += amount
+        self._credit_came.set()
+
+    # The greenlet.
+
+    def _run(self) -> None:
+        self._began = True
+        try:
+            if self._cancelled:
+                raise gevent.GreenletExit
+            kind, payload = self._perform()
+        except _Refused as refused:
+            kind, payload = wire.ERROR, values.dumps(refused.fault)
+        except gevent.GreenletExit:
+            kind, payload = wire.END, b""
+        finally:
+            self._host.ended(self)
+        self._host.send(kind, self.call_id, payload)
+
+    def _perform(self) -> tuple[int, bytes]:
+        """Run the action under its time limits; the last frame."""
+        self._start_timeout()
+        try:
+            result = self._call()
+            if isinstance(result, Iterator):
+                return self._iterate(result)
+            return wire.RESPONSE, self._encode(result, "result")
+        except gevent.Timeout as fired:
+            # One that the action made itself and let escape is an error of the action's.
+            ours = fired is self._timeout
+            fault = self._timed_out(fired.seconds) if ours else self._app_error(fired)
+            raise _Refused(fault) from fired
+        except (gevent.GreenletExit, _Refused):
+            raise
+        except BaseException as error:
+            # SystemExit and KeyboardInterrupt too: an action must not be able to end the worker by
+            # leaving politely.
+            raise _Refused(self._app_error(error)) from error
+        finally:
+            self._timeout.close()
+
+    def _start_timeout(self) -> None:
+        """Start the clock: for what the caller still waits, or for what an action may take."""
+        seconds = min(self._host.limit, max(self._remaining(), 0.001))
+        self._timeout = gevent.Timeout(None if math.isinf(seconds) else seconds)
+        self._timeout.start()
+
+    def _remaining(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _call(self) -> Any:
+        request = self.request
+        app = self._host.apps.get(request.app)
+        if app is None:
+            raise _Refused(faults.app_unknown(request.app, list(self._host.apps)))
+        problem = apps.unknown_action(app, request.action)
+        if problem is not None:
+            raise _Refused(faults.action_unknown(request.app, request.action, problem))
+        try:
+            args, kwargs = values.loads_call(request.body)
+        except values.UndecodableValue as error:
+            message = f"the arguments of {request.app}.{request.action} cannot be decoded: {error}"
+            raise _Refused(faults.protocol(message, may_have_run=False)) from error
+        return app(request.action, *args, **kwargs)
+
+    # Streams.
+
+    def _iterate(self, chunks: Iterator[Any]) -> tuple[int, bytes]:
+        try:
+            if not self.request.stream:
+                message = (
+                    f"{self.request.app}.{self.request.action} returned {type(chunks).__name__}, an "
+                    "iterator: call it with client.stream()"
+                )
+                raise _Refused(faults.protocol(message, may_have_run=True))
+            self._send_chunks(chunks)
+            return wire.END, b""
+        finally:
+            # Also when the caller has gone: its `finally` blocks run now, not at some collection.
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+
+    def _send_chunks(self, chunks: Iterator[Any]) -> None:
+        # `dirty_timeout` is for each chunk, the caller's time for the whole stream. Where the first
+        # is not the shorter one, the clock that runs is right for the whole stream.
+        per_chunk = self._host.limit < self._remaining()
+        for number, chunk in enumerate(chunks):
+            payload = self._encode(chunk, f"chunk {number}")
+            self._host.send(wire.CHUNK, self.call_id, payload)
+            self._credit -= wire.chunk_cost(payload)
+            if per_chunk:
+                self._timeout.close()
+            if self._credit <= 0:
+                self._wait_for_credit()
+            else:
+                # The hub gets its turn, and what was sent leaves, even if the generator never waits.
+                gevent.sleep(0)
+            if per_chunk:
+                self._start_timeout()
+
+    def _wait_for_credit(self) -> None:
+        while self._credit <= 0:
+            self._credit_came.clear()
+            remaining = self._remaining()
+            if not self._credit_came.wait(None if math.isinf(remaining) else max(remaining, 0.0)):
+                raise _Refused(self._timed_out(self.request.budget))
+
+    # What is sent.
+
+    def _encode(self, value: Any, place: str) -> bytes:
+        request = self.request
+        if inspect.iscoroutine(value):
+            value.close()
+        try:
+            payload = values.dumps(value, place)
+        except values.UnencodableValue as error:
+            message = f"{request.app}.{request.action} ran, but its {error}"
+            raise _Refused(faults.unencodable(message, request.app, request.action)) from error
+        if len(payload) > self._host.max_message:
+            what = f"the {place} of {request.app}.{request.action}"
+            limit = self._host.max_message
+            raise _Refused(faults.message_too_large(what, len(payload), limit, ran=True))
+        return payload
+
+    def _app_error(self, error: BaseException) -> Fault:
+        request = self.request
+        fault = apps.error_fault(error, request.app, request.action)
+        text = fault["details"]["traceback"]
+        self._host.log_error(
+            "Error executing %s.%s: %s\n%s", request.app, request.action, fault["message"], text
+        )
+        return fault
+
+    def _timed_out(self, seconds: float | None) -> Fault:
+        request = self.request
+        seconds = math.inf if seconds is None else seconds
+        own_limit = seconds >= self._host.limit
+        return faults.stopped_by_timeout(
+            request.app, request.action, seconds, int(self._host.pid), own_limit=own_limit
+        )

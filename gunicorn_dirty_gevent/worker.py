@@ -1,0 +1,228 @@
+"""The dirty worker process: loads apps, takes calls from the arbiter, runs each in a greenlet."""
+
+from __future__ import annotations
+
+import _socket
+import os
+import signal
+import time
+from collections import deque
+from typing import Any
+
+import gevent
+from gevent import monkey
+from gevent.event import Event
+from gunicorn import util
+
+from . import app as apps
+from . import process
+from .core import values, wire
+from .core.faults import Fault
+from .core.wire import Frame
+from .link import Link
+from .task import Task
+
+CLOSE_TIME = 1.0
+"""Seconds that tasks get to run their `finally` blocks when the worker is told to end at once."""
+
+
+class DirtyWorker:
+    """A dirty worker. Made in the arbiter, run in its own process; hooks get it in both.
+
+    Its attributes are those of gunicorn's dirty worker.
+    """
+
+    def __init__(
+        self, age: int, ppid: int, app_paths: list[str], cfg: Any, log: Any, max_message: int
+    ) -> None:
+        self.age = age
+        self.pid: int | str = "[booting]"
+        self.ppid = ppid
+        self.app_paths = app_paths
+        self.cfg = cfg
+        self.log = log
+        self.booted = False
+        self.aborted = False
+        self.alive = True
+        self.apps: dict[str, Any] = {}
+        self.limit = apps.task_limit(cfg)
+        self.max_message = max_message
+        self.failed: dict[str, Fault] = {}
+        self._tasks: dict[int, Task] = {}
+        self._link: Link | None = None
+        self._signals: deque[int] = deque()
+        self._wake: Event | None = None
+        self._draining = False
+        self._hub: Any = None
+
+    def __str__(self) -> str:
+        return f"<DirtyWorker {self.pid}>"
+
+    # The process.
+
+    def run(self, sock: _socket.socket) -> None:
+        """The whole life of the process; returns when it should exit."""
+        self.pid = os.getpid()
+        process.die_with_parent(signal.SIGKILL, self.ppid)
+        util._setproctitle(f"dirty-worker [{self.cfg.proc_name}]")
+        util.seed()
+        monkey.patch_all()
+        self._hub = gevent.get_hub()
+        self._wake = Event()
+        self._init_signals()
+        self._link = Link(sock, self._on_frames, self._on_close, self.max_message)
+        try:
+            self._boot()
+            self._serve()
+        finally:
+            self._close_apps()
+            self.log.info("Dirty worker exiting (pid: %s)", self.pid)
+        if not self.booted:
+            raise SystemExit(process.EXIT_ERROR)
+
+    def _boot(self) -> None:
+        """Load the apps and say so; what fails to load is told with its reason."""
+        self._describe()
+        for path in self.app_paths:
+            if path in self.failed or not self.alive:
+                continue
+            try:
+                self.apps[path] = apps.load(path)
+                self.log.info("Initialized dirty app: %s (pid: %s)", path, self.pid)
+            except Exception as error:
+                self._load_failed(path, error)
+        if not self.alive:
+            return
+        if self.apps:
+            self.cfg.dirty_worker_init(self)
+        self.booted = bool(self.apps)
+        told = {"apps": list(self.apps), "failed": self.failed, "slots": self.cfg.dirty_threads}
+        self.send(wire.READY, 0, values.dumps(told))
+        self.alive = self.booted and self.alive
+
+    def _describe(self) -> None:
+        declared = {}
+        for path in self.app_paths:
+            try:
+                declared[path] = apps.describe_class(path)
+            except Exception as error:
+                self._load_failed(path, error)
+        self.send(wire.CLASSES, 0, values.dumps(declared))
+
+    def _load_failed(self, path: str, error: BaseException) -> None:
+        fault = apps.error_fault(error, path, None)
+        fault["message"] = f"the app failed to load: {fault['message']}"
+        self.failed[path] = fault
+        self.log.error(
+            "Failed to initialize dirty app %s (pid: %s): %s\n%s",
+            path,
+            self.pid,
+            error,
+            fault["details"]["traceback"],
+        )
+
+    def _serve(self) -> None:
+        """Until the worker is to end: on a STOP when its tasks have ended, else at once."""
+        assert self._wake is not None
+        while self.alive and not (self._draining and not self._tasks):
+            self._wake.wait()
+            self._wake.clear()
+            self._handle_signals()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Give the last answers to the kernel; the arbiter reads them after we have gone."""
+        assert self._link is not None and self._wake is not None
+        until = time.monotonic() + CLOSE_TIME
+        gevent.sleep(0)
+        while self._link.outbox_bytes and not self._link.closed and time.monotonic() < until:
+            gevent.sleep(0.005)
+
+    def _close_apps(self) -> None:
+        if self._tasks:
+            gevent.killall(list(self._tasks.values()), block=True, timeout=CLOSE_TIME)
+        for path, app in self.apps.items():
+            try:
+                app.close()
+                self.log.debug("Closed dirty app: %s", path)
+            except Exception as error:
+                self.log.error("Error closing dirty app %s: %s", path, error)
+
+    # Signals: the handlers record, the main greenlet acts.
+
+    def _init_signals(self) -> None:
+        # Stacks go to the log when C code crashes, and when the arbiter ends a stuck worker (ABRT).
+        process.dump_stacks_on_crash(self.log)
+        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        # Sent to a whole process group, these are meant for the master.
+        for number in (
+            signal.SIGHUP,
+            signal.SIGUSR2,
+            signal.SIGTTIN,
+            signal.SIGTTOU,
+            signal.SIGWINCH,
+        ):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if not self.booted and number != signal.SIGUSR1:
+            # An `init()` that takes minutes must not hold up a stop; there is no call to finish.
+            process.leave(0)
+        self._signals.append(number)
+        self._hub.loop.run_callback_threadsafe(self._wake_up)
+
+    def _wake_up(self) -> None:
+        assert self._wake is not None
+        self._wake.set()
+
+    def _handle_signals(self) -> None:
+        while self._signals:
+            number = self._signals.popleft()
+            if number == signal.SIGUSR1:
+                self.log.reopen_files()
+                process.dump_stacks_on_crash(self.log)
+            elif number == signal.SIGTERM:
+                # The arbiter answers with STOP once it sends nothing more.
+                self.send(wire.STOP, 0, b"")
+            else:
+                self.alive = False
+
+    # Frames, in the hub.
+
+    def _on_frames(self, link: Link, frames: list[Frame]) -> None:
+        for kind, call_id, payload in frames:
+            if kind == wire.REQUEST:
+                task = Task(self, call_id, wire.unpack_request(payload))
+                self._tasks[call_id] = task
+                task.start()
+            elif kind == wire.CANCEL:
+                if call_id in self._tasks:
+                    self._tasks[call_id].cancel()
+            elif kind == wire.CREDIT:
+                if call_id in self._tasks:
+                    self._tasks[call_id].add_credit(wire.unpack_credit(payload))
+            elif kind == wire.STOP:
+                self._draining = True
+                self._wake_up()
+            else:
+                raise wire.WireError(f"the arbiter sent a frame of kind {kind:#x}")
+
+    def _on_close(self, link: Link, reason: str) -> None:
+        """The arbiter is gone: nobody is left to answer."""
+        self.alive = False
+        self._wake_up()
+
+    # For the tasks.
+
+    def send(self, kind: int, call_id: int, payload: bytes) -> None:
+        assert self._link is not None
+        self._link.send((wire.pack_frame(kind, call_id, payload),))
+
+    def ended(self, task: Task) -> None:
+        del self._tasks[task.call_id]
+        if self._draining and not self._tasks:
+            self._wake_up()
+
+    def log_error(self, message: str, *args: object) -> None:
+        self.log.error(message, *args)
