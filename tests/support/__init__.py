@@ -1,0 +1,1 @@
+"""What the tests stand on: a real gunicorn, bounded waits, leak checks."""
