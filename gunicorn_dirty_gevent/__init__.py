@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .plugin import install
 
 if TYPE_CHECKING:
+    from .app import action
     from .arbiter import DirtyArbiter
     from .client import DirtyClient
     from .errors import (
@@ -35,10 +36,11 @@ __all__ = [
     "DirtyMessageTooLargeError",
     "DirtyOverloadedError",
     "DirtyWorkerDiedError",
+    "action",
     "install",
 ]
 
-_HOME = {"DirtyArbiter": ".arbiter", "DirtyClient": ".client"}
+_HOME = {"action": ".app", "DirtyArbiter": ".arbiter", "DirtyClient": ".client"}
 
 
 def __getattr__(name: str) -> Any:

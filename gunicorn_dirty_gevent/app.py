@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from gunicorn.dirty.app import DirtyApp, load_dirty_app
 
+from .core.dispatch import ActionTraits, AppTraits
 from .core.faults import Fault, fault
+
+_HERE = os.path.dirname(__file__)
+_GUNICORN_APP = sys.modules[DirtyApp.__module__].__file__
 
 TRACEBACK_LIMIT = 65536
 """Characters of a traceback that travel with an error: its end, where the cause stands. A recursion
@@ -74,13 +81,72 @@ def error_fault(
 
 
 def format_traceback(error: BaseException) -> str:
+    """The traceback from the app's first frame on: ours above it say nothing."""
+    start = error.__traceback__
+    while start is not None and start.tb_next is not None and _is_ours(start.tb_frame.f_code.co_filename):
+        start = start.tb_next
     try:
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        text = "".join(traceback.format_exception(type(error), error, start))
     except Exception:
         text = f"(the traceback of {type(error).__name__} cannot be formatted)"
     return text if len(text) <= TRACEBACK_LIMIT else "[...]\n" + text[-TRACEBACK_LIMIT:]
 
 
+def _is_ours(file: str) -> bool:
+    return file.startswith((_HERE, "<frozen importlib")) or file == _GUNICORN_APP
+
+
 def task_limit(cfg: Any) -> float:
     """Seconds an action may run: `dirty_timeout`, where 0 is no limit."""
     return float(cfg.dirty_timeout) if cfg.dirty_timeout else math.inf
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MARK = "_dirty_action"
+
+
+def action(*, timeout: float | None = None, idempotent: bool = False) -> Callable[[F], F]:
+    """Declare how an action of a dirty app is to be run::
+
+        class ImageApp(DirtyApp):
+            dirty_timeout = 60          # for all actions of this app
+
+            @action(timeout=5, idempotent=True)
+            def thumbnail(self, data): ...
+
+    `timeout`: seconds it may run (a stream: until its next chunk), in place of the app's
+    `dirty_timeout` and gunicorn's setting of that name; a caller with less time wins. None takes
+    theirs. `idempotent`: running it twice does no harm, so when its worker dies it is run once more
+    elsewhere instead of failing.
+
+    Raises ValueError for a timeout that is not a positive number.
+    """
+    if timeout is not None:
+        _checked_timeout("action(timeout=...)", timeout)
+
+    def mark(method: F) -> F:
+        setattr(method, _MARK, (timeout, idempotent))
+        return method
+
+    return mark
+
+
+def traits(cls: type, limit: float) -> AppTraits:
+    """What a class declares of its actions; `limit` holds where it says nothing."""
+    own = getattr(cls, "dirty_timeout", None)
+    if own is not None:
+        limit = _checked_timeout(f"{cls.__qualname__}.dirty_timeout", own)
+    actions = {}
+    for name in dir(cls):
+        declared = getattr(getattr(cls, name, None), _MARK, None)
+        if declared is not None:
+            timeout, idempotent = declared
+            actions[name] = ActionTraits(limit if timeout is None else float(timeout), idempotent)
+    return AppTraits(ActionTraits(limit), actions)
+
+
+def _checked_timeout(what: str, seconds: float) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"{what} is a positive number of seconds, not {seconds!r}")
+    return float(seconds)

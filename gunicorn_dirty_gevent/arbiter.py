@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _socket
 import math
+import mmap
 import os
 import signal
 import time
@@ -23,7 +24,6 @@ from gunicorn import util
 from gunicorn.dirty.app import parse_dirty_app_spec
 
 from . import process, settings
-from .app import task_limit
 from .core import dispatch, faults, roster, values, wire
 from .core.wire import Frame
 from .link import Link
@@ -36,6 +36,9 @@ ABORT_TIME = 1.0
 QUICK_TIME = 1.5
 """Seconds that workers get to end on a quick stop: their tasks' `finally` blocks (1 s) and apps'
 `close()`. Below the 2 s that gunicorn's master waits before it kills us."""
+
+SIBLING_INTERVAL = 0.1
+"""Seconds between looks at the HTTP workers of a master that stops; its own interval."""
 
 ACCEPT_PAUSE = 0.5
 """Seconds without accepting after the process ran out of descriptors."""
@@ -83,6 +86,8 @@ class DirtyArbiter:
                 "original_spec": spec,
             }
             self.app_worker_map[path] = set()
+        # One byte of memory shared with the master: whether it is stopping (see `master_stops`).
+        self._master_stops = mmap.mmap(-1, 1)
         self._listener = get_listener(cfg)
         self.socket_path = self._listener.path
         self.tmpdir = self._listener.directory
@@ -91,6 +96,14 @@ class DirtyArbiter:
     def num_workers(self) -> int:
         """How many dirty workers there should be."""
         return self._roster.size
+
+    def master_stops(self) -> None:
+        """In the master, before it sends TERM: no arbiter will follow this one.
+
+        The HTTP workers are told to stop at the same moment, and requests they still finish may
+        make new calls. TERM alone does not say so: sent to the arbiter only, the next one takes over.
+        """
+        self._master_stops[0] = 1
 
     # The process.
 
@@ -132,7 +145,6 @@ class DirtyArbiter:
         self._roster = roster.Roster(self.cfg.dirty_workers, counts)
         self._members: dict[int, _Member] = {}
         self._clients: set[Link] = set()
-        self._traits = dispatch.AppTraits(dispatch.ActionTraits(task_limit(self.cfg)), {})
         self._signals: deque[int] = deque()
         self._todo: deque[Callable[[], None]] = deque()
         self._wake = Event()
@@ -166,6 +178,9 @@ class DirtyArbiter:
                 times.append(0.0)  # nothing has been spawned yet
         else:
             times.append(self._stop_by)
+            if self._master_stops[0]:
+                # No event tells us that the last HTTP worker has gone.
+                times.append(time.monotonic() + SIBLING_INTERVAL)
         return min(times, default=math.inf)
 
     def _soon(self, what: Callable[[], None]) -> None:
@@ -226,7 +241,7 @@ class DirtyArbiter:
         cut = now >= self._stop_by
         if cut:
             self._act(self._dispatcher.stop())
-        if cut or self._dispatcher.idle:
+        if cut or (self._dispatcher.idle and not self._awaits_requests()):
             self._manage(self._roster.stop())
             if cut:
                 for member in self._members.values():
@@ -235,6 +250,10 @@ class DirtyArbiter:
                         member.kill_at = now + QUICK_TIME
                 self._stop_by = math.inf
         return not self._members and self._dispatcher.idle
+
+    def _awaits_requests(self) -> bool:
+        """HTTP workers of a stopping master are still there and may make calls."""
+        return bool(self._master_stops[0]) and process.has_siblings(self.ppid)
 
     # Workers.
 
@@ -364,7 +383,7 @@ class DirtyArbiter:
             return  # it exits, and that is the failure
         member.worker.booted = True
         self._manage(self._roster.ready(key, now, whole=not told["failed"]))
-        apps = dict.fromkeys(told["apps"], self._traits)
+        apps = {path: _traits(plain) for path, plain in told["apps"].items()}
         self._act(self._dispatcher.worker_ready(key, member.pid, apps, told["slots"], now))
         self.log.info("Dirty worker ready (pid: %s)", member.pid)
 
@@ -470,3 +489,8 @@ class DirtyArbiter:
         if member is not None:
             self._dispatcher.worker_draining(key)
             self._kill_worker(member, why, signal.SIGABRT)
+
+
+def _traits(plain: dict[str, Any]) -> dispatch.AppTraits:
+    actions = {name: dispatch.ActionTraits(*action) for name, action in plain["actions"].items()}
+    return dispatch.AppTraits(dispatch.ActionTraits(*plain["default"]), actions)

@@ -8,6 +8,7 @@ is, and nothing of ours is loaded either.
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 _TARGET = "gunicorn.dirty"
 
 
-def install(**options: int) -> None:
+def install(**options: float) -> None:
     """Put this library's dirty arbiter and client in the place of gunicorn's.
 
     To be called from gunicorn's configuration file. Installing twice does nothing more; options
@@ -26,14 +27,14 @@ def install(**options: int) -> None:
 
     Options (see `gunicorn_dirty_gevent.settings.Settings` for meaning, unit, default and reason):
     `queue_size`, `queue_bytes`, `calls_per_connection`, `unread_bytes`, `max_message_size`,
-    `backlog`.
+    `backlog`, `hub_blocked_after`.
 
     Raises `TypeError` for an unknown option and `ValueError` for a value out of range.
     """
     if options:
         from . import settings
 
-        settings.current = settings.Settings(**options)
+        settings.current = settings.Settings(**options)  # type: ignore[arg-type]
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if _TARGET in sys.modules:
@@ -47,6 +48,26 @@ def _replace(dirty: Any) -> None:
     dirty.DirtyArbiter = DirtyArbiter
     dirty.DirtyClient = DirtyClient
     dirty.client.DirtyClient = DirtyClient
+    gunicorn_arbiter = sys.modules.get("gunicorn.arbiter")
+    if gunicorn_arbiter is not None:
+        _announce_stop(gunicorn_arbiter)
+
+
+def _announce_stop(module: Any) -> None:
+    """Have gunicorn's master tell our arbiter before it stops it."""
+    stop = module.Arbiter.stop
+    if getattr(stop, "announces", False):
+        return
+
+    @functools.wraps(stop)
+    def announced_stop(self: Any, graceful: bool = True) -> Any:
+        announce = getattr(self.dirty_arbiter, "master_stops", None)
+        if announce is not None:
+            announce()
+        return stop(self, graceful)
+
+    announced_stop.announces = True  # type: ignore[attr-defined]
+    module.Arbiter.stop = announced_stop
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -25,6 +25,8 @@ from gevent._hub_local import get_hub_if_exists
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+_PF_FORKNOEXEC = 0x40  # linux/sched.h: forked, but has not executed another program
+
 EXIT_ERROR = 1
 """Exit code after an error. Never 3 or 4: gunicorn's master halts on those."""
 
@@ -163,6 +165,26 @@ def die_with_parent(number: int, parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def has_siblings(parent: int) -> bool:
+    """Whether `parent` has other live children that it forked, not executed: gunicorn's HTTP workers,
+    but not the master that USR2 starts. False where the system does not say."""
+    try:
+        with open(f"/proc/{parent}/task/{parent}/children", "rb") as file:
+            children = {int(pid) for pid in file.read().split()} - {os.getpid()}
+    except (OSError, ValueError):
+        return False
+    return any(_is_forked(pid) for pid in children)
+
+
+def _is_forked(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()  # from the third field on, see proc(5)
+        return fields[0] not in (b"Z", b"X") and bool(int(fields[6]) & _PF_FORKNOEXEC)
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def kill(pid: int, number: int) -> None:

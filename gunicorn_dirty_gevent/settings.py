@@ -36,11 +36,17 @@ class Settings:
     """Connections that may wait while an arbiter is being replaced. gunicorn's default for its own
     sockets; the kernel caps it at ``net.core.somaxconn``."""
 
+    hub_blocked_after: float = 1.0
+    """Seconds an action may keep its worker's hub from running until the log names it: far above what
+    a cooperative action takes between two waits, and below what users notice as a hang."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"install({field.name}=...) takes a positive int, not {value!r}")
+            kinds = (int, float) if isinstance(field.default, float) else (int,)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+                kind = "number" if float in kinds else "int"
+                raise ValueError(f"install({field.name}=...) takes a positive {kind}, not {value!r}")
         if self.max_message_size > 0xFFFFFFFF:
             raise ValueError("install(max_message_size=...) is limited to 4294967295 by the wire")
 

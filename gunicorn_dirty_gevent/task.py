@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import gevent
@@ -13,6 +14,7 @@ from gevent.event import Event
 
 from . import app as apps
 from .core import faults, values, wire
+from .core.dispatch import AppTraits
 from .core.faults import Fault
 from .core.wire import Request
 
@@ -21,7 +23,7 @@ class Host(Protocol):
     """What a task needs of its worker."""
 
     apps: dict[str, Any]
-    limit: float
+    traits: dict[str, AppTraits]
     max_message: int
     pid: int | str
 
@@ -30,6 +32,9 @@ class Host(Protocol):
     def ended(self, task: Task) -> None: ...
 
     def log_error(self, message: str, *args: object) -> None: ...
+
+
+_END = object()
 
 
 class _Refused(Exception):
@@ -53,6 +58,10 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
         self._credit = wire.STREAM_WINDOW
         self._credit_came = Event()
         self._timeout = gevent.Timeout(None)
+        self._limit = math.inf
+        self._due = math.inf  # when the running timeout is due
+        self._exposed = False  # the app's code is running
+        self._interrupted = False
 
     # What the worker tells it, from the hub.
 
@@ -66,6 +75,18 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
     def add_credit(self, amount: int) -> None:
         self._credit += amount
         self._credit_came.set()
+
+    # What the watchdog asks and does, from a signal handler in this greenlet.
+
+    def overdue(self, now: float) -> float:
+        """For how many seconds the app's code has run past its time; negative if it has not."""
+        return now - self._due if self._exposed and not self._interrupted else -math.inf
+
+    def interrupt(self) -> None:
+        """Raise the task's timeout right here. Once: the app's code may swallow it, and then it is
+        for the arbiter to end the worker."""
+        self._interrupted = True
+        raise self._timeout
 
     # The greenlet.
 
@@ -85,8 +106,9 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
 
     def _perform(self) -> tuple[int, bytes]:
         """Run the action under its time limits; the last frame."""
-        self._start_timeout()
         try:
+            self._limit = self._find_limit()
+            self._start_timeout()
             result = self._call()
             if isinstance(result, Iterator):
                 return self._iterate(result)
@@ -107,18 +129,31 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
 
     def _start_timeout(self) -> None:
         """Start the clock: for what the caller still waits, or for what an action may take."""
-        seconds = min(self._host.limit, max(self._remaining(), 0.001))
+        seconds = min(self._limit, max(self._remaining(), 0.001))
         self._timeout = gevent.Timeout(None if math.isinf(seconds) else seconds)
+        self._due = time.monotonic() + seconds
         self._timeout.start()
+
+    def _find_limit(self) -> float:
+        traits = self._host.traits.get(self.request.app)
+        if traits is None:
+            raise _Refused(faults.app_unknown(self.request.app, list(self._host.apps)))
+        return traits.actions.get(self.request.action, traits.default).timeout
+
+    def _expose(self, code: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the app's code; only in here may the watchdog interrupt."""
+        try:
+            self._exposed = True
+            return code(*args, **kwargs)
+        finally:
+            self._exposed = False
 
     def _remaining(self) -> float:
         return self._deadline - time.monotonic()
 
     def _call(self) -> Any:
         request = self.request
-        app = self._host.apps.get(request.app)
-        if app is None:
-            raise _Refused(faults.app_unknown(request.app, list(self._host.apps)))
+        app = self._host.apps[request.app]
         problem = apps.unknown_action(app, request.action)
         if problem is not None:
             raise _Refused(faults.action_unknown(request.app, request.action, problem))
@@ -127,7 +162,7 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
         except values.UndecodableValue as error:
             message = f"the arguments of {request.app}.{request.action} cannot be decoded: {error}"
             raise _Refused(faults.protocol(message, may_have_run=False)) from error
-        return app(request.action, *args, **kwargs)
+        return self._expose(app, request.action, *args, **kwargs)
 
     # Streams.
 
@@ -150,8 +185,11 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
     def _send_chunks(self, chunks: Iterator[Any]) -> None:
         # `dirty_timeout` is for each chunk, the caller's time for the whole stream. Where the first
         # is not the shorter one, the clock that runs is right for the whole stream.
-        per_chunk = self._host.limit < self._remaining()
-        for number, chunk in enumerate(chunks):
+        per_chunk = self._limit < self._remaining()
+        for number in itertools.count():
+            chunk = self._expose(next, chunks, _END)
+            if chunk is _END:
+                return
             payload = self._encode(chunk, f"chunk {number}")
             self._host.send(wire.CHUNK, self.call_id, payload)
             self._credit -= wire.chunk_cost(payload)
@@ -201,7 +239,7 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
     def _timed_out(self, seconds: float | None) -> Fault:
         request = self.request
         seconds = math.inf if seconds is None else seconds
-        own_limit = seconds >= self._host.limit
+        own_limit = seconds >= self._limit
         return faults.stopped_by_timeout(
             request.app, request.action, seconds, int(self._host.pid), own_limit=own_limit
         )

@@ -15,12 +15,14 @@ from gevent.event import Event
 from gunicorn import util
 
 from . import app as apps
-from . import process
+from . import process, settings
 from .core import values, wire
+from .core.dispatch import AppTraits
 from .core.faults import Fault
 from .core.wire import Frame
 from .link import Link
 from .task import Task
+from .watchdog import Watchdog
 
 CLOSE_TIME = 1.0
 """Seconds that tasks get to run their `finally` blocks when the worker is told to end at once."""
@@ -45,7 +47,7 @@ class DirtyWorker:
         self.aborted = False
         self.alive = True
         self.apps: dict[str, Any] = {}
-        self.limit = apps.task_limit(cfg)
+        self.traits: dict[str, AppTraits] = {}
         self.max_message = max_message
         self.failed: dict[str, Fault] = {}
         self._tasks: dict[int, Task] = {}
@@ -54,6 +56,7 @@ class DirtyWorker:
         self._wake: Event | None = None
         self._draining = False
         self._hub: Any = None
+        self._watchdog: Any = None
 
     def __str__(self) -> str:
         return f"<DirtyWorker {self.pid}>"
@@ -70,6 +73,8 @@ class DirtyWorker:
         self._hub = gevent.get_hub()
         self._wake = Event()
         self._init_signals()
+        blocked_after = settings.current.hub_blocked_after
+        self._watchdog = Watchdog(self.log, self.pid, blocked_after, lambda: bool(self._tasks))
         self._link = Link(sock, self._on_frames, self._on_close, self.max_message)
         try:
             self._boot()
@@ -87,7 +92,9 @@ class DirtyWorker:
             if path in self.failed or not self.alive:
                 continue
             try:
-                self.apps[path] = apps.load(path)
+                app = apps.load(path)
+                self.traits[path] = apps.traits(type(app), apps.task_limit(self.cfg))
+                self.apps[path] = app
                 self.log.info("Initialized dirty app: %s (pid: %s)", path, self.pid)
             except Exception as error:
                 self._load_failed(path, error)
@@ -96,7 +103,11 @@ class DirtyWorker:
         if self.apps:
             self.cfg.dirty_worker_init(self)
         self.booted = bool(self.apps)
-        told = {"apps": list(self.apps), "failed": self.failed, "slots": self.cfg.dirty_threads}
+        told = {
+            "apps": {path: _plain(traits) for path, traits in self.traits.items()},
+            "failed": self.failed,
+            "slots": self.cfg.dirty_threads,
+        }
         self.send(wire.READY, 0, values.dumps(told))
         self.alive = self.booted and self.alive
 
@@ -195,6 +206,7 @@ class DirtyWorker:
             if kind == wire.REQUEST:
                 task = Task(self, call_id, wire.unpack_request(payload))
                 self._tasks[call_id] = task
+                self._watchdog.arm()
                 task.start()
             elif kind == wire.CANCEL:
                 if call_id in self._tasks:
@@ -226,3 +238,9 @@ class DirtyWorker:
 
     def log_error(self, message: str, *args: object) -> None:
         self.log.error(message, *args)
+
+
+def _plain(traits: AppTraits) -> dict[str, Any]:
+    """Traits as values that travel; `DirtyArbiter` makes them again."""
+    actions = {name: tuple(action) for name, action in traits.actions.items()}
+    return {"default": tuple(traits.default), "actions": actions}

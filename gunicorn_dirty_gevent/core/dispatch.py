@@ -28,13 +28,13 @@ from .deadlines import Deadlines
 from .faults import Fault
 from .wire import Request
 
-REPLY_GRACE = 1.0
+REPLY_GRACE = 0.25
 """Seconds after a call's deadline until its caller is answered without its worker's word. The worker
 ends the call exactly at the deadline; this covers a worker whose hub is blocked for a moment."""
 
-KILL_GRACE = 2.0
+KILL_GRACE = 1.0
 """Seconds past an action's own time limit (`dirty_timeout`) until its worker counts as stuck and is
-killed: the gentler ways to stop the action have all failed by then."""
+killed: the gentler ways to stop the action, the last after about 0.65 s, have failed by then."""
 
 
 class State(enum.Enum):
@@ -380,10 +380,9 @@ class Dispatcher:
         actions: list[Action] = []
         for calls in list(self._clients.values()):
             for call in list(calls.values()):
-                ran = call.state is State.RUNNING
-                actions.append(self._end(call, faults.stopping(call.request.app, call.request.action, ran)))
-                if ran:
-                    call.state = State.ABANDONED  # it keeps its slot until its worker has ended
+                runs = call.state is State.RUNNING
+                fault = faults.stopping(call.request.app, call.request.action, runs)
+                actions.append(self._answer(call, fault) if runs else self._end(call, fault))
         return actions
 
     # Time.
@@ -414,32 +413,24 @@ class Dispatcher:
 
     def _overdue(self, call: Call, now: float) -> list[Action]:
         """A call at a worker has passed the caller's deadline, its own time limit, or both."""
-        worker = call.worker
+        worker, request = call.worker, call.request
         assert worker is not None
-        request = call.request
-        actions: list[Action] = []
-        stuck = self._stuck_at(call)
-        if stuck <= now:
+        waits = call.state is State.RUNNING
+        if self._stuck_at(call) <= now:
             limit = call.traits.timeout
-            why = (
-                f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
-            )
-            if call.state is State.RUNNING:
-                actions.append(self._end_abandoned(call, now))
-            return [*actions, Kill(worker.key, why)]
-        if call.state is State.RUNNING and call.deadline + REPLY_GRACE <= now:
-            return [self._end_abandoned(call, now), *self._abandon(call, now)]
+            why = f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
+            stuck = faults.stuck(request.app, request.action, limit, worker.pid)
+            return [*([self._answer(call, stuck)] if waits else []), Kill(worker.key, why)]
+        if waits and call.deadline + REPLY_GRACE <= now:
+            late = faults.run_timeout(request.app, request.action, now - call.enqueued, worker.pid)
+            return [self._answer(call, late), *self._abandon(call, now)]
         self._watch(call)
-        return actions
+        return []
 
-    def _end_abandoned(self, call: Call, now: float) -> Refuse:
-        """Answer the caller while the call still holds its slot."""
-        assert call.worker is not None
+    def _answer(self, call: Call, fault: Fault) -> Refuse:
+        """Answer the caller of a call that still holds its slot."""
         del self._clients[call.client][call.client_id]
         call.state = State.ABANDONED
-        request = call.request
-        ran = now - call.enqueued
-        fault = faults.run_timeout(request.app, request.action, ran, call.worker.pid)
         return Refuse(call.client, call.client_id, fault)
 
     def _stuck_at(self, call: Call) -> float:

@@ -124,6 +124,19 @@ def run_timeout(app: str, action: str, ran: float, pid: int) -> Fault:
     )
 
 
+def stuck(app: str, action: str, limit: float, pid: int) -> Fault:
+    return fault(
+        "DirtyTimeoutError",
+        f"{app}.{action} ran past its limit of {limit:.6g} s (dirty_timeout) and could not be stopped: "
+        f"dirty worker {pid} is killed; it has run in part",
+        may_have_run=True,
+        timeout=limit,
+        app_path=app,
+        action=action,
+        worker_id=pid,
+    )
+
+
 def worker_died(app: str, action: str, pid: int, how: str) -> Fault:
     return fault(
         "DirtyWorkerDiedError",

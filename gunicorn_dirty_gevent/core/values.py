@@ -408,8 +408,8 @@ def _scalar(kind: type) -> Callable[[Any], Ext] | None:
 _ATOMS = frozenset({type(None), bool, int, float, bytes})
 _NUMBERS = frozenset({int, float})
 _NESTS = frozenset({list, dict})
-# What ormsgpack writes as something else (or as anything), and where that may be.
-_NOTABLE = _NESTS | {bytearray, memoryview, Ext, ormsgpack.Fragment}
+# What ormsgpack writes as something else, and where that may be.
+_NOTABLE = _NESTS | {bytearray, memoryview}
 _OTHERS = frozenset({str, list, dict})
 _SEQUENCES: dict[type, int] = {tuple: _TUPLE, set: _SET, frozenset: _FROZENSET}
 _SCALARS: dict[type, Callable[[Any], Ext]] = {
