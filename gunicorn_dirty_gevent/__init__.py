@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .client import DirtyClient
     from .errors import (
         DirtyActionNotFoundError,
+        DirtyCancelledError,
         DirtyEncodeError,
         DirtyMessageTooLargeError,
         DirtyOverloadedError,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DirtyActionNotFoundError",
     "DirtyArbiter",
+    "DirtyCancelledError",
     "DirtyClient",
     "DirtyEncodeError",
     "DirtyMessageTooLargeError",

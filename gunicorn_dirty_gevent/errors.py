@@ -24,6 +24,7 @@ __all__ = [
     "DirtyActionNotFoundError",
     "DirtyAppError",
     "DirtyAppNotFoundError",
+    "DirtyCancelledError",
     "DirtyConnectionError",
     "DirtyEncodeError",
     "DirtyError",
@@ -50,6 +51,10 @@ class DirtyWorkerDiedError(DirtyWorkerError):  # type: ignore[misc]
     """The dirty worker ended while it ran the call; the message says how."""
 
 
+class DirtyCancelledError(DirtyError):  # type: ignore[misc]
+    """The caller itself cancelled the call (`DirtyFuture.cancel`)."""
+
+
 class DirtyEncodeError(DirtyProtocolError):  # type: ignore[misc]
     """A value cannot be sent; the message names its type and its place. The connection stays usable."""
 
@@ -64,6 +69,7 @@ _CLASSES: dict[str, type[DirtyError]] = {
         DirtyActionNotFoundError,
         DirtyAppError,
         DirtyAppNotFoundError,
+        DirtyCancelledError,
         DirtyConnectionError,
         DirtyEncodeError,
         DirtyMessageTooLargeError,

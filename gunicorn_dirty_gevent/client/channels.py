@@ -26,6 +26,9 @@ class Channel(Protocol):
     def wait(self, call: Call, seconds: float) -> bool:
         """Wait for something to arrive for the call; False when the time is up."""
 
+    def event(self) -> Any:
+        """An event of the kind that waits here: `set()`, `wait(seconds)`."""
+
     def take_chunk(self, call: Call) -> bytes:
         """The next chunk of a call that has one."""
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import gevent
+from gevent.event import Event
 from gevent.hub import Waiter
 
 from ..core.mux import Call, Mux, Phase, nobody
@@ -50,6 +51,9 @@ class HubChannel:
             if timer is not None:
                 timer.stop()
                 timer.close()
+
+    def event(self) -> Event:
+        return Event()
 
     def take_chunk(self, call: Call) -> bytes:
         payload, credit = self._mux.take_chunk(call)

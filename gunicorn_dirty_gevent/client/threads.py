@@ -46,6 +46,9 @@ class ThreadChannel:
         finally:
             call.notify = nobody
 
+    def event(self) -> threading.Event:
+        return threading.Event()
+
     def take_chunk(self, call: Call) -> bytes:
         with self._lock:
             payload, credit = self._mux.take_chunk(call)

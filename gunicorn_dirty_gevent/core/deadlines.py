@@ -13,13 +13,17 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-SLICE = 0.05
+SLICE = 0.0625
 """Seconds a deadline may fire late. Callers and workers keep their own exact timers; the arbiter's
-are the net below them."""
+are the net below them. A power of two, so that slices are exact and nothing fires early."""
+
+
+_STALE_SLICES = 64
+"""Slices that have become empty and stay in the heap, beyond as many as there are live ones."""
 
 
 class Deadlines(Generic[T]):
-    """A set of items, each with one time at which it is due."""
+    """A set of items, each with one time (of a clock that is never negative) at which it is due."""
 
     def __init__(self) -> None:
         self._buckets: dict[int, set[T]] = {}
@@ -32,9 +36,10 @@ class Deadlines(Generic[T]):
     def set(self, item: T, when: float) -> None:
         """Make `item` due at `when` (in place of an earlier setting); inf drops it."""
         self.drop(item)
-        if math.isinf(when):
+        slices = when / SLICE
+        if slices == math.inf:
             return
-        key = math.ceil(when / SLICE)
+        key = math.ceil(max(slices, 0.0))
         bucket = self._buckets.get(key)
         if bucket is None:
             bucket = self._buckets[key] = set()
@@ -48,18 +53,23 @@ class Deadlines(Generic[T]):
             return
         bucket = self._buckets[key]
         bucket.discard(item)
+        if not bucket:
+            del self._buckets[key]
+            if len(self._slices) > 2 * len(self._buckets) + _STALE_SLICES:
+                self._slices = list(self._buckets)
+                heapq.heapify(self._slices)
 
     def due(self, now: float) -> list[T]:
         """Take out and return the items whose time has come."""
         found: list[T] = []
         while self._slices and self._slices[0] * SLICE <= now:
-            for item in self._buckets.pop(heapq.heappop(self._slices)):
+            for item in self._buckets.pop(heapq.heappop(self._slices), ()):
                 del self._where[item]
                 found.append(item)
         return found
 
     def next(self) -> float | None:
         """When `due` is worth calling next."""
-        while self._slices and not self._buckets[self._slices[0]]:
-            del self._buckets[heapq.heappop(self._slices)]
+        while self._slices and self._slices[0] not in self._buckets:
+            heapq.heappop(self._slices)
         return self._slices[0] * SLICE if self._slices else None

@@ -418,7 +418,9 @@ class Dispatcher:
         waits = call.state is State.RUNNING
         if self._stuck_at(call) <= now:
             limit = call.traits.timeout
-            why = f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
+            why = (
+                f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
+            )
             stuck = faults.stuck(request.app, request.action, limit, worker.pid)
             return [*([self._answer(call, stuck)] if waits else []), Kill(worker.key, why)]
         if waits and call.deadline + REPLY_GRACE <= now:

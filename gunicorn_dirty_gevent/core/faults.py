@@ -111,6 +111,27 @@ def idle_stream(app: str, action: str, idle: float, *, sent: bool) -> Fault:
     )
 
 
+def not_yet(app: str, action: str, timeout: float | None) -> Fault:
+    return fault(
+        "DirtyTimeoutError",
+        f"{app}.{action} has not ended after {timeout} s; it goes on",
+        may_have_run=True,
+        timeout=timeout,
+        app_path=app,
+        action=action,
+    )
+
+
+def cancelled(app: str, action: str, *, sent: bool) -> Fault:
+    return fault(
+        "DirtyCancelledError",
+        f"{app}.{action} was cancelled by its caller",
+        may_have_run=sent,
+        app_path=app,
+        action=action,
+    )
+
+
 def run_timeout(app: str, action: str, ran: float, pid: int) -> Fault:
     return fault(
         "DirtyTimeoutError",

@@ -35,7 +35,7 @@ def nobody() -> None:
 
 
 class Call:
-    """One call and what has come back for it."""
+    """One call and what has come back for it. Raises `ValueError` for names that cannot be sent."""
 
     __slots__ = (
         "action",
@@ -48,6 +48,7 @@ class Call:
         "fault",
         "id",
         "last",
+        "names",
         "notify",
         "stream",
     )
@@ -55,6 +56,7 @@ class Call:
     def __init__(self, app: str, action: str, body: bytes, deadline: float, stream: bool) -> None:
         self.app = app
         self.action = action
+        self.names = wire.pack_names(app, action)
         self.body = body
         self.deadline = deadline
         self.stream = stream
@@ -167,7 +169,7 @@ class Mux:
             self.waiting[call] = None
             return None
         flags = wire.FLAG_STREAM if call.stream else 0
-        envelope = wire.pack_envelope(call.app, call.action, call.deadline - now, flags)
+        envelope = wire.pack_envelope(call.names, call.deadline - now, flags)
         size = len(envelope) + len(call.body)
         if size > self.max_message:
             call.fault = faults.message_too_large(
@@ -197,9 +199,6 @@ class Mux:
             return payload, None
         credit, call.consumed = call.consumed, 0
         return payload, self._send((wire.pack_credit(call.id, credit),))
-
-    def was_sent(self, call: Call) -> bool:
-        return call.id != 0
 
     def _send(self, parts: Parts) -> Parts:
         self._sent += sum(map(len, parts))

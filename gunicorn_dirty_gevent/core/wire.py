@@ -13,6 +13,7 @@ Ids are chosen by the side that opens the call and mean nothing beyond that one 
 from __future__ import annotations
 
 import enum
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -24,6 +25,8 @@ _HEADER = struct.Struct(">2sBBIQ")
 HEADER_SIZE = _HEADER.size
 _ENVELOPE = struct.Struct(">dBBHH")  # budget, flags, codec, length of app, length of action
 _BUDGET = struct.Struct(">d")
+_LIMITS = struct.Struct(">dBB")
+_NAMES = struct.Struct(">HH")
 _HELLO = struct.Struct(">Q")
 _CREDIT = struct.Struct(">I")
 
@@ -122,17 +125,22 @@ _JOIN_LIMIT = 65536
 their header; below, one copy is cheaper than a second part."""
 
 
-def pack_envelope(app: str, action: str, budget: float, flags: int = 0, codec: int = 0) -> bytes:
-    """The envelope of a REQUEST; the body follows it.
+@functools.lru_cache(maxsize=1024)
+def pack_names(app: str, action: str) -> bytes:
+    """App and action as they stand in an envelope. Cached: a program calls few of them, often.
 
-    Raises `ValueError` when app or action have no place in it (over 65,535 bytes, or not UTF-8).
+    Raises `ValueError` when they have no place in it (over 65,535 bytes, or not UTF-8).
     """
     app_bytes = app.encode()
     action_bytes = action.encode()
     if len(app_bytes) > 0xFFFF or len(action_bytes) > 0xFFFF:
         raise ValueError("the names of app and action are limited to 65535 bytes each")
-    fixed = _ENVELOPE.pack(budget, flags, codec, len(app_bytes), len(action_bytes))
-    return fixed + app_bytes + action_bytes
+    return _NAMES.pack(len(app_bytes), len(action_bytes)) + app_bytes + action_bytes
+
+
+def pack_envelope(names: bytes, budget: float, flags: int = 0, codec: int = 0) -> bytes:
+    """The envelope of a REQUEST; the body follows it."""
+    return _LIMITS.pack(budget, flags, codec) + names
 
 
 def pack_request(call_id: int, envelope: bytes, body: bytes) -> Parts:
@@ -162,7 +170,7 @@ def unpack_request(payload: bytes) -> Request:
     end = app_end + action_size
     if end > len(payload):
         raise WireError("request envelope names more bytes than the frame has")
-    if math.isnan(budget):
+    if not budget > -math.inf:
         raise WireError("request envelope has no number for its time budget")
     try:
         app = payload[_ENVELOPE.size : app_end].decode()
@@ -222,8 +230,9 @@ class FrameDecoder:
         return self._size
 
     def receive_data(self, data: bytes) -> None:
-        self._parts.append(data)
-        self._size += len(data)
+        if self._error is None:
+            self._parts.append(data)
+            self._size += len(data)
 
     def frames(self) -> list[Frame]:
         if self._error is not None:

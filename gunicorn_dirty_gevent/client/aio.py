@@ -1,0 +1,144 @@
+"""The client's asyncio side: the same connection with many calls, waited for with `await`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from typing import Any
+
+from ..core.mux import Call, Mux, Phase, nobody
+from ..core.wire import Frame, FrameDecoder, Parts, WireError
+
+RETRY_PAUSE = 0.05
+"""Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
+was full."""
+
+
+class LoopChannel(asyncio.Protocol):
+    """Like `client.channels.Channel`, for the tasks of one event loop."""
+
+    def __init__(self, socket_path: str) -> None:
+        self._mux = Mux(socket_path)
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._decoder = FrameDecoder(0xFFFFFFFF)
+        self._connecting: asyncio.Task[None] | None = None
+        self._written = 0
+
+    def start(self, call: Call) -> None:
+        parts = self._mux.submit(call, time.monotonic())
+        if parts is not None:
+            self._write(parts)
+        elif self._mux.phase is Phase.DOWN and self._connecting is None:
+            self._connecting = self._loop.create_task(self._connect())
+
+    async def wait(self, call: Call, seconds: float) -> bool:
+        """Wait for something to arrive for the call; False when the time is up."""
+        arrived = self._loop.create_future()
+        call.notify = lambda: None if arrived.done() else arrived.set_result(None)
+        try:
+            await asyncio.wait_for(arrived, None if seconds == float("inf") else seconds)
+        except asyncio.TimeoutError:
+            return False
+        else:
+            return True
+        finally:
+            call.notify = nobody
+
+    def take_chunk(self, call: Call) -> bytes:
+        payload, credit = self._mux.take_chunk(call)
+        if credit is not None:
+            self._write(credit)
+        return payload
+
+    def cancel(self, call: Call) -> None:
+        parts = self._mux.cancel(call)
+        if parts is not None:
+            self._write(parts)
+
+    def drop(self, call: Call) -> None:
+        """`cancel`, from a finalizer."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.cancel, call)
+
+    def close(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        if self._transport is not None:
+            self._transport.close()
+            self.connection_lost(None)
+        self._mux.refuse("this client closed the connection")
+
+    # The connection.
+
+    async def _connect(self) -> None:
+        while self._mux.waiting and self._transport is None:
+            try:
+                await self._loop.create_unix_connection(lambda: self, self._mux.socket_path)
+            except BlockingIOError:  # the backlog is full
+                await asyncio.sleep(RETRY_PAUSE)
+            except OSError as error:
+                self._mux.refuse(f"cannot connect: {error.strerror or error}")
+        self._connecting = None
+
+    async def _connect_again(self) -> None:
+        await asyncio.sleep(RETRY_PAUSE)
+        await self._connect()
+
+    def _write(self, parts: Parts) -> None:
+        if self._transport is not None:
+            for part in parts:
+                self._transport.write(part)
+                self._written += len(part)
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self._decoder = FrameDecoder(0xFFFFFFFF)
+        self._written = 0
+        self._write(self._mux.connected())
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._decoder.receive_data(data)
+            frames: list[Frame] = self._decoder.frames()
+            now = time.monotonic()
+            for frame in frames:
+                for parts in self._mux.receive(frame, now):
+                    self._write(parts)
+        except WireError as error:
+            if self._transport is not None:
+                self._transport.abort()
+            self.connection_lost(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        transport, self._transport = self._transport, None
+        if transport is None:
+            return
+        greeted = self._mux.phase is Phase.OPEN
+        flushed = self._written - transport.get_write_buffer_size()
+        self._mux.lost(str(error or "the connection was closed"), flushed)
+        if self._mux.waiting and self._connecting is None and not self._loop.is_closed():
+            again = self._connect() if greeted else self._connect_again()
+            self._connecting = self._loop.create_task(again)
+
+
+_channels: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, LoopChannel]]
+_channels = weakref.WeakKeyDictionary()
+
+
+def get(socket_path: str) -> LoopChannel:
+    """The channel of the running loop."""
+    mine = _channels.setdefault(asyncio.get_running_loop(), {})
+    channel = mine.get(socket_path)
+    if channel is None:
+        channel = mine[socket_path] = LoopChannel(socket_path)
+    return channel
+
+
+def release(socket_path: str) -> None:
+    """Close the running loop's channel; the next call makes another."""
+    channel = _channels.get(asyncio.get_running_loop(), {}).pop(socket_path, None)
+    if channel is not None:
+        channel.close()

@@ -1,0 +1,57 @@
+"""A call that runs while its caller goes on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..core import faults
+from ..core.mux import Call
+from ..errors import error_from_fault
+from . import channels
+from .results import result, wait_time
+
+
+class DirtyFuture:
+    """The result of `DirtyClient.submit`. May be waited for by several greenlets or threads."""
+
+    def __init__(self, client: Any, channel: channels.Channel, call: Call) -> None:
+        self._client = client
+        self._channel = channel
+        self._call = call
+        self._ended = channel.event()
+        call.notify = self._ended.set
+        channel.start(call)
+
+    def done(self) -> bool:
+        """Whether `get` would return (or raise) at once."""
+        return self._call.done
+
+    def get(self, timeout: float | None = None) -> Any:
+        """The result; errors as for `DirtyClient.execute`.
+
+        Waits for `timeout` seconds at most, None for as long as the client's own timeout lasts. A
+        `DirtyTimeoutError` for the first leaves the call running, and `get` may be called again.
+        """
+        call = self._call
+        until = None if timeout is None else time.monotonic() + timeout
+        while not call.done:
+            seconds = wait_time(call)
+            if seconds <= 0:
+                self._channel.cancel(call)
+                raise self._client._timed_out(call)
+            if until is not None:
+                seconds = min(seconds, until - time.monotonic())
+                if seconds <= 0:
+                    raise error_from_fault(faults.not_yet(call.app, call.action, timeout))
+            self._ended.wait(None if seconds == float("inf") else seconds)
+        return result(call)
+
+    def cancel(self) -> bool:
+        """Cancel the call: dropped if it waits, stopped if it runs. False if it had ended."""
+        if self._call.done:
+            return False
+        self._channel.cancel(self._call)
+        self._call.fault = faults.cancelled(self._call.app, self._call.action, sent=self._call.id != 0)
+        self._ended.set()
+        return True

@@ -1,0 +1,51 @@
+"""What a caller makes of a call's end: its value or its error."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..core import values, wire
+from ..core.faults import Fault
+from ..core.mux import Call
+from ..errors import DirtyProtocolError, error_from_fault
+
+REPLY_GRACE = 0.5
+"""Seconds past its deadline that a call which was sent waits for the arbiter's own word: it knows
+whether the call had been started. Only an arbiter that does not answer makes a caller wait for it."""
+
+
+def checked_time(name: str, seconds: float | None) -> float | None:
+    """A time that a user gave. Raises ValueError when it is not a positive number or None."""
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"{name} is a positive number of seconds or None, not {seconds!r}")
+    return float(seconds)
+
+
+def wait_time(call: Call) -> float:
+    """Seconds that the caller still waits."""
+    grace = REPLY_GRACE if call.id else 0.0
+    return call.deadline + grace - time.monotonic()
+
+
+def result(call: Call) -> Any:
+    """The value of an ended call, or its error raised."""
+    if call.fault is not None:
+        raise error_from_fault(call.fault)
+    assert call.last is not None
+    value = decode(call.last.payload, call) if call.last.kind != wire.END else None
+    if call.last.kind == wire.ERROR:
+        fault: Fault = value if isinstance(value, dict) else {"message": str(value)}
+        raise error_from_fault(fault)
+    return value
+
+
+def decode(payload: bytes, call: Call) -> Any:
+    """A value that came back for the call. Raises `DirtyProtocolError` when it is none."""
+    try:
+        return values.loads(payload)
+    except values.UndecodableValue as error:
+        message = f"the answer of {call.app}.{call.action} cannot be decoded: {error}"
+        raise DirtyProtocolError(message) from error

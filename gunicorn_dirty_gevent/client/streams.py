@@ -1,0 +1,151 @@
+"""The chunks of a stream, for `for` and for `async for`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..core import faults, wire
+from ..core.mux import Call
+from ..errors import DirtyError, error_from_fault
+from . import aio, channels
+from .results import decode, result, wait_time
+
+DEFAULT_IDLE_TIMEOUT = 30.0
+"""Seconds between two chunks of a stream; gunicorn's default."""
+
+_END = object()
+
+
+class _Stream:
+    """What both kinds have in common: a call that is made when the first chunk is asked for."""
+
+    def __init__(
+        self, client: Any, app_path: str, action: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._client = client
+        self._request = (app_path, action, args, kwargs)
+        self._call: Call | None = None
+        self._channel: Any = None
+        self._ended = False
+        idle = client.idle_timeout
+        self._idle = min(DEFAULT_IDLE_TIMEOUT, client.timeout or math.inf) if idle is None else idle
+
+    def _started(self) -> Call:
+        if self._call is None:
+            app_path, action, args, kwargs = self._request
+            self._call = self._client._call(app_path, action, args, kwargs, stream=True)
+            self._channel = self._find_channel()
+            self._channel.start(self._call)
+        return self._call
+
+    def _find_channel(self) -> Any:
+        raise NotImplementedError
+
+    def _take(self, call: Call) -> Any:
+        """What has arrived: a chunk, the value of an action that is none, or `_END`."""
+        if call.chunks:
+            return decode(self._channel.take_chunk(call), call)
+        self._ended = True
+        if call.last is not None and call.last.kind == wire.END:
+            return _END
+        return result(call)
+
+    def _wait_time(self, call: Call) -> float:
+        """Seconds until the stream or its next chunk is late. Raises when the stream is."""
+        seconds = wait_time(call)
+        if seconds <= 0:
+            raise self._late(call)
+        return min(seconds, self._idle)
+
+    def _late(self, call: Call) -> DirtyError:
+        if wait_time(call) <= 0:
+            error: DirtyError = self._client._timed_out(call)
+            return error
+        sent = call.id != 0
+        return error_from_fault(faults.idle_stream(call.app, call.action, self._idle, sent=sent))
+
+    def _end(self) -> None:
+        self._ended = True
+        if self._channel is not None and self._call is not None:
+            if not self._call.done:
+                self._channel.cancel(self._call)
+            self._call.chunks.clear()
+
+    def __del__(self) -> None:
+        channel, call = getattr(self, "_channel", None), getattr(self, "_call", None)
+        if channel is not None and call is not None and not call.done and not self._ended:
+            channel.drop(call)
+
+
+class DirtyStream(_Stream):
+    """The chunks of one stream, in order. An iterator; also a context manager that closes it."""
+
+    def _find_channel(self) -> channels.Channel:
+        return channels.get(self._client)
+
+    def __iter__(self) -> DirtyStream:
+        return self
+
+    def __next__(self) -> Any:
+        if self._ended:
+            raise StopIteration
+        try:
+            call = self._started()
+            while not call.chunks and not call.done:
+                if not self._channel.wait(call, self._wait_time(call)):
+                    raise self._late(call)
+            chunk = self._take(call)
+        except BaseException:
+            # Also when the reader is killed while it waits: there is no one to come back.
+            self._end()
+            raise
+        if chunk is _END:
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        """End the stream: the generator in the worker is closed, its `finally` blocks run."""
+        self._end()
+
+    def __enter__(self) -> DirtyStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class DirtyAsyncStream(_Stream):
+    """`DirtyStream` for ``async for`` and ``async with``."""
+
+    def _find_channel(self) -> aio.LoopChannel:
+        return aio.get(self._client.socket_path)
+
+    def __aiter__(self) -> DirtyAsyncStream:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            call = self._started()
+            while not call.chunks and not call.done:
+                if not await self._channel.wait(call, self._wait_time(call)):
+                    raise self._late(call)
+            chunk = self._take(call)
+        except BaseException:
+            self._end()
+            raise
+        if chunk is _END:
+            raise StopAsyncIteration
+        return chunk
+
+    async def aclose(self) -> None:
+        """End the stream: the generator in the worker is closed, its `finally` blocks run."""
+        self._end()
+
+    async def __aenter__(self) -> DirtyAsyncStream:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._end()
