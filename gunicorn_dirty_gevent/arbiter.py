@@ -11,6 +11,7 @@ import _socket
 import math
 import mmap
 import os
+import random
 import signal
 import time
 from collections import deque
@@ -36,6 +37,16 @@ ABORT_TIME = 1.0
 QUICK_TIME = 1.5
 """Seconds that workers get to end on a quick stop: their tasks' `finally` blocks (1 s) and apps'
 `close()`. Below the 2 s that gunicorn's master waits before it kills us."""
+
+GOAWAY_TIME = 1.0
+"""Seconds a client gets to confirm that it sends its new calls to the next arbiter."""
+
+MEMORY_INTERVAL = 5.0
+"""Seconds between looks at the workers' memory, when it is limited."""
+
+BASE_DESCRIPTORS, DESCRIPTORS_PER_TASK = 256, 4
+"""Descriptors a dirty process may need: HTTP workers, files and libraries, and some for each call
+that a worker runs at once."""
 
 SIBLING_INTERVAL = 0.1
 """Seconds between looks at the HTTP workers of a master that stops; its own interval."""
@@ -119,6 +130,9 @@ class DirtyArbiter:
     def _main(self) -> None:
         self.pid = os.getpid()
         self.log.info("Dirty arbiter starting (pid: %s)", self.pid)
+        process.raise_descriptor_limit(
+            BASE_DESCRIPTORS + self.cfg.dirty_workers + DESCRIPTORS_PER_TASK * self.cfg.dirty_threads
+        )
         util.set_owner_process(self.cfg.uid, self.cfg.gid, initgroups=self.cfg.initgroups)
         process.die_with_parent(signal.SIGQUIT, self.ppid)
         os.environ["GUNICORN_DIRTY_SOCKET"] = self.socket_path
@@ -150,6 +164,9 @@ class DirtyArbiter:
         self._wake = Event()
         self._wakes_at = 0.0
         self._stop_by = math.inf
+        self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
+        self._hand_over_by = math.inf
+        self._memory_at = time.monotonic() + MEMORY_INTERVAL if self.settings.max_memory else math.inf
         self._hub = gevent.get_hub()
         self._accepter = self._hub.loop.io(self._listener.sock.fileno(), 1)
 
@@ -169,15 +186,26 @@ class DirtyArbiter:
             self._act(self._dispatcher.tick(now))
             self._manage(self._roster.step(now))
             self._kill_overdue(now)
+            self._weigh_workers(now)
+        self._flush_clients()
+
+    def _flush_clients(self) -> None:
+        """Give the last answers to the kernel; clients read them after we have gone."""
+        until = time.monotonic() + QUICK_TIME
+        gevent.sleep(0)
+        while any(link.outbox_bytes for link in self._clients) and time.monotonic() < until:
+            gevent.sleep(0.01)
 
     def _next_deadline(self) -> float:
-        times = [member.kill_at for member in self._members.values()]
+        times = [self._memory_at, *(member.kill_at for member in self._members.values())]
         times += [t for t in (self._dispatcher.next_deadline(), self._roster.next_deadline()) if t]
         if self.alive:
             if not self._members and not self._roster.members:
                 times.append(0.0)  # nothing has been spawned yet
         else:
             times.append(self._stop_by)
+            if self._leaving:
+                times.append(self._hand_over_by)
             if self._master_stops[0]:
                 # No event tells us that the last HTTP worker has gone.
                 times.append(time.monotonic() + SIBLING_INTERVAL)
@@ -208,12 +236,12 @@ class DirtyArbiter:
                 self.log.reopen_files()
                 for pid in self.workers:
                     process.kill(pid, signal.SIGUSR1)
-            elif number == signal.SIGHUP:
+            elif number == signal.SIGHUP and self.alive:
                 self.log.info("Reloading dirty workers")
                 self._roster.reload()
             elif number in (signal.SIGTTIN, signal.SIGTTOU):
                 self._resize(1 if number == signal.SIGTTIN else -1)
-            else:
+            elif number != signal.SIGHUP:
                 self._stop(graceful=number == signal.SIGTERM)
 
     def _resize(self, change: int) -> None:
@@ -232,6 +260,16 @@ class DirtyArbiter:
             return  # a second TERM, or one to the whole process group
         self.alive = False
         self._stop_by = min(self._stop_by, now + (self.cfg.dirty_graceful_timeout if graceful else 0.0))
+        if graceful and not self._master_stops[0]:
+            self._hand_over(now)
+
+    def _hand_over(self, now: float) -> None:
+        """The next arbiter takes the new calls: they wait at the listener until it is there."""
+        self._accepter.stop()
+        self._hand_over_by = now + GOAWAY_TIME
+        for link in self._clients:
+            self._leaving.add(link)
+            link.send((wire.pack_frame(wire.GOAWAY, 0),))
 
     def _finished(self) -> bool:
         """Called before each wait: takes a stop one step on, and says whether it is done."""
@@ -241,7 +279,7 @@ class DirtyArbiter:
         cut = now >= self._stop_by
         if cut:
             self._act(self._dispatcher.stop())
-        if cut or (self._dispatcher.idle and not self._awaits_requests()):
+        if cut or (self._dispatcher.idle and not self._awaits_calls(now)):
             self._manage(self._roster.stop())
             if cut:
                 for member in self._members.values():
@@ -251,9 +289,12 @@ class DirtyArbiter:
                 self._stop_by = math.inf
         return not self._members and self._dispatcher.idle
 
-    def _awaits_requests(self) -> bool:
-        """HTTP workers of a stopping master are still there and may make calls."""
-        return bool(self._master_stops[0]) and process.has_siblings(self.ppid)
+    def _awaits_calls(self, now: float) -> bool:
+        """Calls may still come: from requests that a stopping master's HTTP workers finish, or from
+        clients that have not confirmed the hand-over."""
+        if self._master_stops[0]:
+            return process.has_siblings(self.ppid)
+        return bool(self._leaving) and now < self._hand_over_by
 
     # Workers.
 
@@ -299,11 +340,12 @@ class DirtyArbiter:
 
     def _retire_worker(self, member: _Member, why: str) -> None:
         self._dispatcher.worker_draining(member.key)
-        if not member.worker.booted:
-            self._kill_worker(member, why, signal.SIGTERM)
-            return
         self.log.info("Stopping dirty worker (pid: %s): %s", member.pid, why)
-        self._drain(member)
+        if member.worker.booted:
+            self._drain(member)
+        else:  # it runs nothing yet, and may load for minutes
+            process.kill(member.pid, signal.SIGTERM)
+            member.kill_at = min(member.kill_at, time.monotonic() + ABORT_TIME)
 
     def _drain(self, member: _Member) -> None:
         member.link.send((wire.pack_frame(wire.STOP, 0),))
@@ -321,6 +363,20 @@ class DirtyArbiter:
             if member.kill_at <= now:
                 process.kill(member.pid, signal.SIGKILL)
                 member.kill_at = math.inf
+
+    def _weigh_workers(self, now: float) -> None:
+        if now < self._memory_at:
+            return
+        self._memory_at = now + MEMORY_INTERVAL
+        limit = self.settings.max_memory
+        for member in self._members.values():
+            size = process.memory_of(member.pid)
+            if size > limit:
+                self._replace_worker(member.key, f"it has {size} bytes of memory (max_memory {limit})")
+
+    def _replace_worker(self, key: int, why: str) -> None:
+        if self._roster.replace(key, why):
+            self.log.info("Replacing dirty worker (pid: %s): %s", self._members[key].pid, why)
 
     def _reap_workers(self) -> None:
         for member in list(self._members.values()):
@@ -384,8 +440,14 @@ class DirtyArbiter:
         member.worker.booted = True
         self._manage(self._roster.ready(key, now, whole=not told["failed"]))
         apps = {path: _traits(plain) for path, plain in told["apps"].items()}
-        self._act(self._dispatcher.worker_ready(key, member.pid, apps, told["slots"], now))
+        self._act(self._dispatcher.worker_ready(key, member.pid, apps, told["slots"], now, self._max_calls()))
         self.log.info("Dirty worker ready (pid: %s)", member.pid)
+
+    def _max_calls(self) -> int:
+        """When a worker is due for replacement (gunicorn's rule for its own)."""
+        if not self.settings.max_requests:
+            return 0
+        return self.settings.max_requests + random.randint(0, self.settings.max_requests_jitter)
 
     def _worker_leaving(self, key: int) -> None:
         self._roster.leaving(key)
@@ -442,6 +504,8 @@ class DirtyArbiter:
                 self._act(dispatcher.credit(link, call_id, payload, now))
             elif kind == wire.CANCEL:
                 self._act(dispatcher.cancel(link, call_id, now))
+            elif kind == wire.GOAWAY:
+                self._leaving.discard(link)
             elif kind == wire.HELLO:
                 link.send((wire.pack_hello(self.settings.max_message_size),))
             else:
@@ -452,6 +516,7 @@ class DirtyArbiter:
 
     def _on_client_close(self, link: Link, reason: str) -> None:
         self._clients.discard(link)
+        self._leaving.discard(link)
         self._act(self._dispatcher.client_lost(link, time.monotonic()))
         if "protocol error" in reason:
             self._soon(partial(self.log.warning, "Dropped a dirty client: %s", reason))
@@ -473,6 +538,8 @@ class DirtyArbiter:
             elif isinstance(action, dispatch.Refuse):
                 frame = wire.pack_frame(wire.ERROR, action.call_id, values.dumps(action.fault))
                 action.client.send((frame,))
+            elif isinstance(action, dispatch.Worn):
+                self._soon(partial(self._replace_worker, action.worker, action.why))
             else:
                 self._soon(partial(self._stuck, action.worker, action.why))
 

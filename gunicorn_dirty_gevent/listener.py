@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import _socket
 import atexit
+import fcntl
 import os
 import shutil
+import stat
 import tempfile
+import time
 from typing import Any
 
 from . import settings
 
 _PATH_LIMIT = 107
 """Bytes of a Unix socket's path (``sun_path`` is 108 with its terminating zero)."""
+
+_PREFIX = "gunicorn-dirty-"
+
+_LOCK_NAME = "lock"
+
+_STALE_AGE = 60.0
+"""Seconds a directory must have stood before it may count as stale: a master that starts at the same
+moment has made its own, but not locked it yet."""
 
 _SOCKET_NAME = "arbiter.sock"
 
@@ -26,6 +37,12 @@ class Listener:
     def __init__(self, uid: int, gid: int) -> None:
         self.owner = os.getpid()
         self.directory = _make_directory()
+        _remove_stale(os.path.dirname(self.directory))
+        # Held by this master and what it forks, for as long as any of them lives.
+        self._lock = os.open(
+            os.path.join(self.directory, _LOCK_NAME), os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600
+        )
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.path = os.path.join(self.directory, _SOCKET_NAME)
         self.sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         # The mode from the start: a chmod after the bind would leave a moment in between. (The
@@ -38,6 +55,7 @@ class Listener:
         if os.geteuid() == 0 and (uid, gid) != (0, 0):
             # Arbiter and HTTP workers will run as this user; gunicorn's own socket stays root's.
             os.chown(self.path, uid, gid)
+            os.chown(self._lock, uid, gid)
             os.chown(self.directory, uid, gid)
         self.sock.listen(settings.current.backlog)
         self.sock.setblocking(False)
@@ -72,7 +90,7 @@ def _make_directory() -> str:
     tried = []
     for base in (tempfile.gettempdir(), "/tmp", "/dev/shm", "/var/tmp"):
         try:
-            directory = tempfile.mkdtemp(prefix="gunicorn-dirty-", dir=base)
+            directory = tempfile.mkdtemp(prefix=_PREFIX, dir=base)
         except OSError as error:
             tried.append(f"{base}: {error.strerror}")
             continue
@@ -84,3 +102,37 @@ def _make_directory() -> str:
         "no place for the dirty arbiter's socket; set TMPDIR to a short, writable directory "
         f"({'; '.join(tried)})"
     )
+
+
+def _remove_stale(base: str) -> None:
+    """Remove the directories of masters that were killed together with all that they had forked.
+
+    Only what is certainly ours: made by this user, with our two files and nothing else in it, and
+    its lock held by nobody.
+    """
+    for entry in os.scandir(base):
+        if not entry.name.startswith(_PREFIX):
+            continue
+        try:
+            if _is_stale(entry.path):
+                shutil.rmtree(entry.path, ignore_errors=True)
+        except OSError:
+            continue
+
+
+def _is_stale(directory: str) -> bool:
+    status = os.lstat(directory)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        return False
+    if set(os.listdir(directory)) != {_SOCKET_NAME, _LOCK_NAME}:
+        return False
+    if time.time() - status.st_mtime < _STALE_AGE:
+        return False
+    lock = os.open(os.path.join(directory, _LOCK_NAME), os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -27,7 +28,7 @@ def install(**options: float) -> None:
 
     Options (see `gunicorn_dirty_gevent.settings.Settings` for meaning, unit, default and reason):
     `queue_size`, `queue_bytes`, `calls_per_connection`, `unread_bytes`, `max_message_size`,
-    `backlog`, `hub_blocked_after`.
+    `backlog`, `max_requests`, `max_requests_jitter`, `max_memory`, `hub_blocked_after`.
 
     Raises `TypeError` for an unknown option and `ValueError` for a value out of range.
     """
@@ -50,24 +51,44 @@ def _replace(dirty: Any) -> None:
     dirty.client.DirtyClient = DirtyClient
     gunicorn_arbiter = sys.modules.get("gunicorn.arbiter")
     if gunicorn_arbiter is not None:
-        _announce_stop(gunicorn_arbiter)
+        _join_master(gunicorn_arbiter)
 
 
-def _announce_stop(module: Any) -> None:
-    """Have gunicorn's master tell our arbiter before it stops it."""
-    stop = module.Arbiter.stop
-    if getattr(stop, "announces", False):
+def _join_master(module: Any) -> None:
+    """Have gunicorn's master tell our arbiter what its signals alone do not say."""
+    arbiter = module.Arbiter
+    if getattr(arbiter, "_dirty_gevent", False):
         return
+    arbiter._dirty_gevent = True
+    stop, reload = arbiter.stop, arbiter.reload
 
     @functools.wraps(stop)
-    def announced_stop(self: Any, graceful: bool = True) -> Any:
-        announce = getattr(self.dirty_arbiter, "master_stops", None)
-        if announce is not None:
-            announce()
+    def stop_announced(self: Any, graceful: bool = True) -> Any:
+        if hasattr(self.dirty_arbiter, "master_stops"):
+            self.dirty_arbiter.master_stops()
         return stop(self, graceful)
 
-    announced_stop.announces = True  # type: ignore[attr-defined]
-    module.Arbiter.stop = announced_stop
+    @functools.wraps(reload)
+    def reload_with_settings(self: Any) -> Any:
+        before = _dirty_settings(self.cfg)
+        result = reload(self)
+        if hasattr(self.dirty_arbiter, "master_stops") and _dirty_settings(self.cfg) != before:
+            # It has the old settings and no way to the new ones: let the next one take over. (The HUP
+            # that follows finds it stopping and changes nothing.)
+            self.log.info("Dirty settings have changed: replacing the dirty arbiter")
+            self.kill_dirty_arbiter(signal.SIGTERM)
+        return result
+
+    arbiter.stop = stop_announced
+    arbiter.reload = reload_with_settings
+
+
+def _dirty_settings(cfg: Any) -> list[Any]:
+    """What an arbiter and its workers were made with and cannot change later."""
+    from . import settings
+
+    names = ["dirty_apps", "dirty_workers", "dirty_threads", "dirty_timeout", "dirty_graceful_timeout"]
+    return [settings.current, *(getattr(cfg, name) for name in names), sorted(cfg.env.items())]
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -13,6 +13,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import resource
 import signal
 import stat
 import sys
@@ -185,6 +186,25 @@ def _is_forked(pid: int) -> bool:
         return fields[0] not in (b"Z", b"X") and bool(int(fields[6]) & _PF_FORKNOEXEC)
     except (OSError, ValueError, IndexError):
         return False
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of a process's resident memory; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def raise_descriptor_limit(needed: int) -> None:
+    """Raise the soft limit of open descriptors to the hard one if it is below `needed`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):
+            pass
 
 
 def kill(pid: int, number: int) -> None:

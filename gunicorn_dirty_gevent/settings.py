@@ -36,17 +36,32 @@ class Settings:
     """Connections that may wait while an arbiter is being replaced. gunicorn's default for its own
     sockets; the kernel caps it at ``net.core.somaxconn``."""
 
+    max_requests: int = 0
+    """Calls a dirty worker serves until it is replaced, as gunicorn's setting of this name does for
+    HTTP workers: against leaks. Its replacement is ready before it stops. 0, the default, is never."""
+
+    max_requests_jitter: int = 0
+    """The most that is added to `max_requests`, at random per worker, so that they do not all restart
+    together. 0 as in gunicorn."""
+
+    max_memory: int = 0
+    """Bytes of resident memory beyond which a dirty worker is replaced in the same way; looked at every
+    5 s. 0, the default, is no limit: what is much depends on the apps."""
+
     hub_blocked_after: float = 1.0
     """Seconds an action may keep its worker's hub from running until the log names it: far above what
     a cooperative action takes between two waits, and below what users notice as a hang."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int, float) if isinstance(field.default, float) else (int,)
-            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
-                kind = "number" if float in kinds else "int"
-                raise ValueError(f"install({field.name}=...) takes a positive {kind}, not {value!r}")
+            value, default = getattr(self, field.name), getattr(type(self), field.name)
+            kinds = (int, float) if isinstance(default, float) else (int,)
+            lowest = min(1, default)  # where the default is 0, 0 has a meaning
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value >= lowest:
+                kind = "a number" if float in kinds else "an int"
+                raise ValueError(
+                    f"install({field.name}=...) takes {kind} of at least {lowest}, not {value!r}"
+                )
         if self.max_message_size > 0xFFFFFFFF:
             raise ValueError("install(max_message_size=...) is limited to 4294967295 by the wire")
 

@@ -116,7 +116,7 @@ class LoopChannel(asyncio.Protocol):
         transport, self._transport = self._transport, None
         if transport is None:
             return
-        greeted = self._mux.phase is Phase.OPEN
+        greeted = self._mux.phase is not Phase.GREETING
         flushed = self._written - transport.get_write_buffer_size()
         self._mux.lost(str(error or "the connection was closed"), flushed)
         if self._mux.waiting and self._connecting is None and not self._loop.is_closed():

@@ -128,7 +128,7 @@ class HubChannel:
     def _on_close(self, link: Link, reason: str) -> None:
         if link is not self._link:
             return
-        greeted = self._mux.phase is Phase.OPEN
+        greeted = self._mux.phase is not Phase.GREETING
         self._link = None
         self._mux.lost(reason, link.flushed)
         if self._mux.waiting:

@@ -136,7 +136,7 @@ class ThreadChannel:
             sock.close()
             if sock is not self._sock:
                 return
-            greeted = self._mux.phase is Phase.OPEN
+            greeted = self._mux.phase is not Phase.GREETING
             self._sock = None
             self._mux.lost(reason, self._flushed)
         if not greeted:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class Call:
     """One call on its way through the arbiter."""
 
     __slots__ = (
+        "answered",
         "attempts",
         "client",
         "client_id",
@@ -90,16 +91,18 @@ class Call:
         self.progress = now
         self.credit = wire.STREAM_WINDOW
         self.attempts = 0
+        self.answered = False  # chunks have gone to the caller
         self.traits = ActionTraits(math.inf)
 
 
 class Worker:
     """A dirty worker that is ready for calls."""
 
-    __slots__ = ("apps", "draining", "key", "last_id", "pid", "running", "slots")
+    __slots__ = ("apps", "draining", "key", "last_id", "max_calls", "pid", "running", "slots")
 
-    def __init__(self, key: int, pid: int, apps: dict[str, AppTraits], slots: int) -> None:
+    def __init__(self, key: int, pid: int, apps: dict[str, AppTraits], slots: int, max_calls: int) -> None:
         self.key = key
+        self.max_calls = max_calls
         self.pid = pid
         self.apps = apps
         self.slots = slots
@@ -157,37 +160,40 @@ class Kill(NamedTuple):
     why: str
 
 
-Action = Assign | Forward | Reply | Refuse | Kill
+class Worn(NamedTuple):
+    """The worker has been given as many calls as it is meant to serve."""
+
+    worker: int
+    why: str
+
+
+Action = Assign | Forward | Reply | Refuse | Kill | Worn
 
 
 class _Queue:
     """The calls that wait for one app, oldest first."""
 
     def __init__(self) -> None:
-        self.calls: deque[Call] = deque()
-        self.live = 0  # calls in the deque that are still QUEUED
+        # Not a deque: a call that is cancelled in the middle must not hold its bytes until its turn.
+        self._calls: OrderedDict[Call, None] = OrderedDict()
         self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._calls)
 
     def put(self, call: Call, *, first: bool = False) -> None:
         call.state = State.QUEUED
+        self._calls[call] = None
         if first:
-            self.calls.appendleft(call)
-        else:
-            self.calls.append(call)
-        self.live += 1
+            self._calls.move_to_end(call, last=False)
         self.bytes += len(call.request.payload)
 
-    def left(self, call: Call) -> None:
-        """`call` is no longer QUEUED; it leaves the deque when it comes to the front."""
-        self.live -= 1
+    def remove(self, call: Call) -> None:
+        del self._calls[call]
         self.bytes -= len(call.request.payload)
-        if len(self.calls) > 64 and self.live * 2 < len(self.calls):
-            self.calls = deque(call for call in self.calls if call.state is State.QUEUED)
 
     def head(self) -> Call | None:
-        while self.calls and self.calls[0].state is not State.QUEUED:
-            self.calls.popleft()
-        return self.calls[0] if self.calls else None
+        return next(iter(self._calls), None)
 
 
 class Dispatcher:
@@ -202,6 +208,7 @@ class Dispatcher:
         self._clients: dict[Any, dict[int, Call]] = {}
         self._workers: dict[int, Worker] = {}
         self._deadlines: Deadlines[Call] = Deadlines()
+        self._stopped = False
 
     # What the shell may look at.
 
@@ -211,7 +218,7 @@ class Dispatcher:
 
     @property
     def queued(self) -> int:
-        return sum(queue.live for queue in self._queues.values())
+        return sum(len(queue) for queue in self._queues.values())
 
     @property
     def idle(self) -> bool:
@@ -227,41 +234,46 @@ class Dispatcher:
 
     def submit(self, client: Any, call_id: int, request: Request, now: float) -> list[Action]:
         """A client's request has arrived."""
-        queue = self._queues.get(request.app)
-        if queue is None:
-            return [Refuse(client, call_id, faults.app_unknown(request.app, list(self._queues)))]
         calls = self._clients.setdefault(client, {})
         if call_id in calls:
             raise wire.WireError(f"call id {call_id} is already in use on this connection")
+        queue = self._queues.get(request.app)
+        if queue is None:
+            return [Refuse(client, call_id, faults.app_unknown(request.app, list(self._queues)))]
         refusal = self._refusal(request, queue, calls)
         if refusal is not None:
             return [Refuse(client, call_id, refusal)]
         call = Call(client, call_id, request, now)
         calls[call_id] = call
-        worker = None if queue.live else self._free_worker(request.app)
+        worker = None if queue else self._free_worker(request.app)
         if worker is not None:
-            return [self._assign(call, worker, now)]
-        if request.app in self._faults and not self._has(request.app):
-            return [self._end(call, self._faults[request.app])]
-        if queue.live >= self.limits.queue_calls:
+            return self._assign(call, worker, now)
+        if len(queue) >= self.limits.queue_calls:
             return [self._end(call, faults.overloaded(request.app, self._full(queue)))]
         queue.put(call)
         self._deadlines.set(call, call.deadline)
         return []
 
     def _refusal(self, request: Request, queue: _Queue, calls: dict[int, Call]) -> Fault | None:
+        if self._stopped:
+            return faults.stopping(request.app, request.action, False)
+        if request.budget <= 0:
+            why = "its time was over when it arrived"
+            return faults.queue_timeout(request.app, request.action, 0.0, why)
+        if request.app in self._faults:
+            return self._faults[request.app]
         if len(calls) >= self.limits.calls_per_client:
             return faults.overloaded(
                 request.app, f"this client has {len(calls)} calls in flight (calls_per_client)"
             )
-        if queue.live and queue.bytes + len(request.payload) > self.limits.queue_bytes:
+        if queue and queue.bytes + len(request.payload) > self.limits.queue_bytes:
             return faults.overloaded(
                 request.app, f"its queue holds {queue.bytes} bytes of requests (queue_bytes)"
             )
         return None
 
     def _full(self, queue: _Queue) -> str:
-        return f"its queue is full with {queue.live} calls (queue_size)"
+        return f"its queue is full with {len(queue)} calls (queue_size)"
 
     def cancel(self, client: Any, call_id: int, now: float) -> list[Action]:
         """The caller has gone away."""
@@ -297,20 +309,26 @@ class Dispatcher:
     # Events from workers.
 
     def worker_ready(
-        self, worker: int, pid: int, apps: dict[str, AppTraits], slots: int, now: float
+        self,
+        worker: int,
+        pid: int,
+        apps: dict[str, AppTraits],
+        slots: int,
+        now: float,
+        max_calls: int = 0,
     ) -> list[Action]:
-        """A worker takes calls for `apps`, `slots` at once."""
-        ready = self._workers[worker] = Worker(worker, pid, apps, slots)
+        """A worker takes calls for `apps`, `slots` at once, and is `Worn` after `max_calls` (0: never)."""
+        ready = self._workers[worker] = Worker(worker, pid, apps, slots, max_calls)
         for app in apps:
             self._faults.pop(app, None)
         return self._fill(ready, now)
 
     def app_failed(self, app: str, fault: Fault) -> list[Action]:
-        """No worker could load the app: its callers get the app's own error, now and until a worker
-        loads it."""
-        self._faults[app] = fault
+        """A worker could not load the app. If no other has it, its callers get the app's own error,
+        now and until a worker loads it."""
         if self._has(app):
             return []
+        self._faults[app] = fault
         queue = self._queues[app]
         actions: list[Action] = []
         while (call := queue.head()) is not None:
@@ -326,27 +344,28 @@ class Dispatcher:
         self, worker: int, kind: int, call_id: int, payload: bytes, now: float
     ) -> list[Action]:
         """A CHUNK, or a last frame (RESPONSE, ERROR, END)."""
-        running = self._workers[worker].running
-        call = running.get(call_id)
-        if call is None:
+        known = self._workers.get(worker)
+        call = known.running.get(call_id) if known else None
+        if known is None or call is None:
             self.late_frames += 1
             return []
         wanted = call.state is State.RUNNING
         if kind == wire.CHUNK:
-            call.progress = now
-            call.credit -= wire.chunk_cost(payload)
             if not wanted:
                 self.late_frames += 1
                 return []
+            call.progress = now
+            call.credit -= wire.chunk_cost(payload)
+            call.answered = True
             return [Reply(call.client, kind, call.client_id, payload)]
-        del running[call_id]
+        del known.running[call_id]
         self._deadlines.drop(call)
         call.state = State.ENDED
         actions: list[Action] = []
         if wanted:
             del self._clients[call.client][call.client_id]
             actions.append(Reply(call.client, kind, call.client_id, payload))
-        return actions + self._fill(self._workers[worker], now)
+        return actions + self._fill(known, now)
 
     def worker_lost(self, worker: int, how: str, now: float) -> list[Action]:
         """The worker is dead; `how` in words ("was killed by SIGKILL")."""
@@ -358,8 +377,8 @@ class Dispatcher:
             self._deadlines.drop(call)
             if call.state is not State.RUNNING:
                 call.state = State.ENDED
-            elif call.traits.idempotent and call.attempts < 2 and call.deadline > now:
-                actions += self._requeue(call)
+            elif self._may_run_again(call, now):
+                self._requeue(call)
             else:
                 request = call.request
                 fault = faults.worker_died(request.app, request.action, lost.pid, how)
@@ -368,15 +387,20 @@ class Dispatcher:
             actions += self._fill(other, now)
         return actions
 
-    def _requeue(self, call: Call) -> list[Action]:
+    def _may_run_again(self, call: Call, now: float) -> bool:
+        """Once, and not when chunks have gone out, which would come again."""
+        first = call.attempts < 2 and not call.answered
+        return call.traits.idempotent and first and call.deadline > now and not self._stopped
+
+    def _requeue(self, call: Call) -> None:
         call.worker = None
         call.credit = wire.STREAM_WINDOW
         self._queues[call.request.app].put(call, first=True)
         self._deadlines.set(call, call.deadline)
-        return []
 
     def stop(self) -> list[Action]:
-        """Nothing will run any more: end every call."""
+        """Nothing will run any more: end every call, and those that still come."""
+        self._stopped = True
         actions: list[Action] = []
         for calls in list(self._clients.values()):
             for call in list(calls.values()):
@@ -421,6 +445,7 @@ class Dispatcher:
             why = (
                 f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
             )
+            worker.draining = True
             stuck = faults.stuck(request.app, request.action, limit, worker.pid)
             return [*([self._answer(call, stuck)] if waits else []), Kill(worker.key, why)]
         if waits and call.deadline + REPLY_GRACE <= now:
@@ -451,7 +476,7 @@ class Dispatcher:
     # Placing calls.
 
     def _has(self, app: str) -> bool:
-        return any(app in worker.apps for worker in self._workers.values())
+        return any(app in worker.apps and not worker.draining for worker in self._workers.values())
 
     def _free_worker(self, app: str) -> Worker | None:
         """The least loaded worker with the app and a free slot."""
@@ -468,7 +493,7 @@ class Dispatcher:
             self._workers[best.key] = self._workers.pop(best.key)
         return best
 
-    def _assign(self, call: Call, worker: Worker, now: float) -> Assign:
+    def _assign(self, call: Call, worker: Worker, now: float) -> list[Action]:
         request = call.request
         app = worker.apps[request.app]
         call.traits = app.actions.get(request.action, app.default)
@@ -480,7 +505,10 @@ class Dispatcher:
         call.worker_id = worker.last_id
         worker.running[call.worker_id] = call
         self._watch(call)
-        return Assign(worker.key, call.worker_id, request, call.deadline - now)
+        assign = Assign(worker.key, call.worker_id, request, call.deadline - now)
+        if worker.last_id != worker.max_calls:
+            return [assign]
+        return [assign, Worn(worker.key, f"it has served max_requests ({worker.max_calls})")]
 
     def _fill(self, worker: Worker, now: float) -> list[Action]:
         """Give a worker's free slots to the calls that have waited longest."""
@@ -489,24 +517,25 @@ class Dispatcher:
             call = self._oldest(worker)
             if call is None:
                 break
+            if call.deadline <= now:
+                actions.append(self._end(call, self._queue_timeout(call, now)))
+                continue
             self._leave_queue(call, State.RUNNING)
-            actions.append(self._assign(call, worker, now))
+            actions += self._assign(call, worker, now)
         return actions
 
     def _oldest(self, worker: Worker) -> Call | None:
         best: Call | None = None
         for app in worker.apps:
             queue = self._queues.get(app)
-            if queue is None or not queue.live:
-                continue
-            call = queue.head()
+            call = queue.head() if queue else None
             if call is not None and (best is None or call.enqueued < best.enqueued):
                 best = call
         return best
 
     def _leave_queue(self, call: Call, state: State) -> None:
         call.state = state
-        self._queues[call.request.app].left(call)
+        self._queues[call.request.app].remove(call)
         self._deadlines.drop(call)
 
     def _abandon(self, call: Call, now: float) -> list[Action]:

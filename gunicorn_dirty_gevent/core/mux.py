@@ -5,7 +5,8 @@ connection whenever calls are waiting, hands in what arrives and says how many b
 before a link was lost: from that alone it follows which calls may have run.
 
 A link is DOWN, then GREETING (connected, our HELLO is out, the arbiter's is not there yet), then
-OPEN. Requests go out only when it is OPEN: a connection that waits in the backlog of an arbiter that
+OPEN, and LEAVING when the arbiter has said that it ends: answers still come, new calls wait for the
+next link. Requests go out only when it is OPEN: a connection that waits in the backlog of an arbiter that
 is being replaced has no call's fate tied to it.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from . import faults, wire
 from .faults import Fault
@@ -28,6 +29,7 @@ class Phase(enum.Enum):
     DOWN = "down"
     GREETING = "greeting"
     OPEN = "open"
+    LEAVING = "leaving"
 
 
 def nobody() -> None:
@@ -101,13 +103,18 @@ class Mux:
         self._sent = 0
         return self._send((wire.pack_hello(),))
 
-    def receive(self, frame: Frame, now: float) -> list[Parts]:
-        """A frame has arrived: what to send for it."""
+    def receive(self, frame: Frame, now: float) -> Iterable[Parts]:
+        """A frame has arrived: what to send for it. Each is to be sent before the next is asked for:
+        in between, woken callers may start and cancel calls, whose bytes then follow."""
         kind, call_id, payload = frame
         if kind == wire.HELLO:
-            return self._greeted(wire.unpack_hello(payload), now)
-        if self.phase is not Phase.OPEN:
+            self._greeted(wire.unpack_hello(payload))
+            return self._submit_waiting(now)
+        if self.phase is Phase.GREETING:
             raise wire.WireError("the arbiter answered before it said hello")
+        if kind == wire.GOAWAY:
+            self.phase = Phase.LEAVING
+            return [self._send((wire.pack_frame(wire.GOAWAY, 0),))]
         call = self._calls.get(call_id)
         if call is None:
             self.late_frames += 1
@@ -122,14 +129,20 @@ class Mux:
         call.notify()
         return []
 
-    def _greeted(self, max_message: int, now: float) -> list[Parts]:
+    def _greeted(self, max_message: int) -> None:
         if self.phase is not Phase.GREETING:
             raise wire.WireError("the arbiter said hello twice")
         self.phase = Phase.OPEN
         self.max_message = max_message
-        waiting = list(self.waiting)
-        self.waiting.clear()
-        return [parts for call in waiting if (parts := self.submit(call, now)) is not None]
+
+    def _submit_waiting(self, now: float) -> Iterator[Parts]:
+        for call in list(self.waiting):
+            if call not in self.waiting:
+                continue  # a caller woken meanwhile has cancelled it
+            del self.waiting[call]
+            parts = self.submit(call, now)
+            if parts is not None:
+                yield parts
 
     def lost(self, reason: str, flushed: int) -> None:
         """The link has ended; the kernel took its first `flushed` bytes.
@@ -138,21 +151,22 @@ class Mux:
         link. The others end.
         """
         self.phase = Phase.DOWN
-        calls = list(self._calls.values())
-        self._calls.clear()
-        for call in calls:
+        # Those that wait again come first: callers that are told may start new calls, and cancel any.
+        for call in list(self._calls.values()):
             if call.end > flushed:
+                del self._calls[call.id]
                 call.id = 0
                 self.waiting[call] = None
-            else:
+        for call in list(self._calls.values()):
+            if self._calls.pop(call.id, None) is not None:
                 self._fail(call, reason, sent=True)
 
     def refuse(self, reason: str) -> None:
         """No link can be made: the waiting calls end."""
-        waiting = list(self.waiting)
-        self.waiting.clear()
-        for call in waiting:
-            self._fail(call, reason, sent=False)
+        for call in list(self.waiting):
+            if call in self.waiting:
+                del self.waiting[call]
+                self._fail(call, reason, sent=False)
 
     def _fail(self, call: Call, reason: str, *, sent: bool) -> None:
         call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
@@ -187,7 +201,7 @@ class Mux:
     def cancel(self, call: Call) -> Parts | None:
         """The caller has gone away. Nothing further reaches the call."""
         self.waiting.pop(call, None)
-        if self._calls.pop(call.id, None) is None:
+        if self._calls.pop(call.id, None) is None or self.phase is not Phase.OPEN:
             return None
         return self._send((wire.pack_frame(wire.CANCEL, call.id),))
 

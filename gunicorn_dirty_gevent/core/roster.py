@@ -8,8 +8,8 @@ The first worker of a generation loads every app, and before it loads them it sa
 classes declare (``workers``). Only then are the others spawned, with the apps they are allotted: the
 arbiter learns the limits without importing an app itself, and nobody imports an app only to ask.
 
-Backoff is the pool's, not a worker's: many workers that fail together are one failure. It starts
-over once a worker has stayed up for `PROVEN_AFTER`.
+Backoff is the pool's, not a worker's. It starts over once a worker that came up after the last
+failure has stayed up for `PROVEN_AFTER`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class Member:
         self.phase = Phase.BOOTING
         self.ready_at = math.inf
         self.replace = ""  # why it serves only until a better one is ready
+
+
+def _proven_at(member: Member) -> float:
+    return member.ready_at + PROVEN_AFTER
 
 
 class Spawn(NamedTuple):
@@ -95,6 +99,7 @@ class Roster:
         self._declared: dict[int, dict[str, int | None]] = {}  # generation -> what classes say
         self._serving = 1  # the newest generation that has been ready: what a failed reload keeps
         self._bad = 0  # ends in a row that count for backoff
+        self._last_bad = -math.inf  # when
         self._not_before = -math.inf
         self._last_key = 0
         self._stopping = False
@@ -111,7 +116,11 @@ class Roster:
     @property
     def minimum(self) -> int:
         """The size below which an app would not get the workers it asks for (gunicorn's rule)."""
-        return max([1, *(self.limit(app) or 1 for app in self._configured)])
+        return max(1, self._most_wanted(self.generation), self._most_wanted(self._serving))
+
+    def _most_wanted(self, generation: int) -> int:
+        declared = self._declared.get(generation, {})
+        return max(limit or declared.get(app) or 1 for app, limit in self._configured.items())
 
     @property
     def empty(self) -> bool:
@@ -140,6 +149,15 @@ class Roster:
         member.replace = "apps failed to load"
         return self._back_off(BOOT_BACKOFF, "failed to load all their apps", now)
 
+    def replace(self, key: int, why: str) -> bool:
+        """Spawn a worker in the place of this one, which serves until that one is ready. False if it
+        is being replaced already, or not ready."""
+        member = self.members.get(key)
+        if member is None or member.phase is not Phase.READY or member.replace:
+            return False
+        member.replace = why
+        return True
+
     def leaving(self, key: int) -> None:
         """A worker ends by its own wish (TERM sent to it): its replacement need not wait."""
         if key in self.members:
@@ -150,7 +168,7 @@ class Roster:
         member = self.members.pop(key, None)
         if member is None or self._stopping or member.phase is Phase.RETIRING:
             return []
-        if now - member.ready_at >= PROVEN_AFTER:
+        if member.generation != self.generation or now >= member.ready_at + PROVEN_AFTER:
             return []
         if member.phase is Phase.READY:
             return self._back_off(CRASH_BACKOFF, "died right after they were ready", now)
@@ -159,8 +177,9 @@ class Roster:
         return self._back_off(BOOT_BACKOFF, "failed to boot", now)
 
     def resize(self, size: int) -> int:
-        """Change the number of workers, never below `minimum`; returns the new one."""
-        self.size = max(size, self.minimum)
+        """Change the number of workers; returns the new one. It never goes below `minimum`, and
+        stays where it is if it started there."""
+        self.size = max(size, min(self.size, self.minimum))
         return self.size
 
     def reload(self) -> None:
@@ -185,13 +204,14 @@ class Roster:
         self._prove(now)
         while (spawn := self._spawn(now)) is not None:
             actions.append(spawn)
-        return actions + self._retire_surplus()
+        return actions + self._retire_superseded() + self._retire_surplus()
 
     def next_deadline(self) -> float | None:
         """When `step` is worth calling without a new event."""
         if self._stopping or not self._bad:
             return None
-        return self._not_before if math.isfinite(self._not_before) else None
+        times = [self._not_before, *map(_proven_at, self._coming_up())]
+        return min(filter(math.isfinite, times), default=None)
 
     def _in(self, *phases: Phase) -> list[Member]:
         return [member for member in self.members.values() if member.phase in phases]
@@ -227,7 +247,10 @@ class Roster:
         return tuple(apps)
 
     def _spawn(self, now: float) -> Spawn | None:
-        if now < self._not_before or not self._wants_more():
+        if now < self._not_before:
+            return None
+        self._not_before = -math.inf
+        if not self._wants_more():
             return None
         self._last_key += 1
         member = Member(self._last_key, self._apps_for_next(self._kept()), self.generation)
@@ -237,6 +260,12 @@ class Roster:
     def _retire(self, member: Member, why: str) -> Retire:
         member.phase = Phase.RETIRING
         return Retire(member.key, why)
+
+    def _retire_superseded(self) -> list[Action]:
+        """Those that still boot for a reload that was followed by another one."""
+        wanted = (self._serving, self.generation)
+        booting = [member for member in self._in(Phase.BOOTING) if member.generation not in wanted]
+        return [self._retire(member, "reload") for member in booting]
 
     def _retire_surplus(self) -> list[Action]:
         current = self._current()
@@ -257,13 +286,18 @@ class Roster:
     # Failures.
 
     def _prove(self, now: float) -> None:
-        ready = [member for member in self._in(Phase.READY) if not member.replace]
-        if any(now - member.ready_at >= PROVEN_AFTER for member in ready):
+        if any(_proven_at(member) <= now for member in self._coming_up()):
             self._bad = 0
             self._not_before = -math.inf
 
+    def _coming_up(self) -> list[Member]:
+        """The workers that may show that the failures are over: older ones know nothing of that."""
+        ready = self._in(Phase.READY)
+        return [member for member in ready if not member.replace and member.ready_at > self._last_bad]
+
     def _back_off(self, backoff: tuple[float, float], what: str, now: float) -> list[Action]:
         self._bad += 1
+        self._last_bad = now
         if self._bad == 1:
             return []
         first, longest = backoff

@@ -54,6 +54,7 @@ class Kind(enum.IntEnum):
     CANCEL = 0x06  # the caller has gone away: stop the call, answer with any last frame
     CREDIT = 0x07  # the reader took chunks: so many bytes more may be sent
     HELLO = 0x08  # first frame both ways on a client's link; the arbiter's carries its limits
+    GOAWAY = 0x09  # arbiter: it ends, send new calls to the next one; client: nothing more comes
     CLASSES = 0x20  # worker: what the app classes declare
     READY = 0x21  # worker: apps are loaded; from now on it takes calls
     STOP = 0x22  # arbiter: finish what runs, then exit; worker: send me nothing more, I go
@@ -67,6 +68,7 @@ END = int(Kind.END)
 CANCEL = int(Kind.CANCEL)
 CREDIT = int(Kind.CREDIT)
 HELLO = int(Kind.HELLO)
+GOAWAY = int(Kind.GOAWAY)
 CLASSES = int(Kind.CLASSES)
 READY = int(Kind.READY)
 STOP = int(Kind.STOP)
