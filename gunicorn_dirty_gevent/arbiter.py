@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _socket
 import math
-import mmap
 import os
 import random
 import signal
@@ -97,8 +96,6 @@ class DirtyArbiter:
                 "original_spec": spec,
             }
             self.app_worker_map[path] = set()
-        # One byte of memory shared with the master: whether it is stopping (see `master_stops`).
-        self._master_stops = mmap.mmap(-1, 1)
         self._listener = get_listener(cfg)
         self.socket_path = self._listener.path
         self.tmpdir = self._listener.directory
@@ -114,7 +111,7 @@ class DirtyArbiter:
         The HTTP workers are told to stop at the same moment, and requests they still finish may
         make new calls. TERM alone does not say so: sent to the arbiter only, the next one takes over.
         """
-        self._master_stops[0] = 1
+        self._listener.announce_stop()
 
     # The process.
 
@@ -206,7 +203,7 @@ class DirtyArbiter:
             times.append(self._stop_by)
             if self._leaving:
                 times.append(self._hand_over_by)
-            if self._master_stops[0]:
+            if self._listener.stop_announced():
                 # No event tells us that the last HTTP worker has gone.
                 times.append(time.monotonic() + SIBLING_INTERVAL)
         return min(times, default=math.inf)
@@ -260,7 +257,7 @@ class DirtyArbiter:
             return  # a second TERM, or one to the whole process group
         self.alive = False
         self._stop_by = min(self._stop_by, now + (self.cfg.dirty_graceful_timeout if graceful else 0.0))
-        if graceful and not self._master_stops[0]:
+        if graceful and not self._listener.stop_announced():
             self._hand_over(now)
 
     def _hand_over(self, now: float) -> None:
@@ -292,7 +289,7 @@ class DirtyArbiter:
     def _awaits_calls(self, now: float) -> bool:
         """Calls may still come: from requests that a stopping master's HTTP workers finish, or from
         clients that have not confirmed the hand-over."""
-        if self._master_stops[0]:
+        if self._listener.stop_announced():
             return process.has_siblings(self.ppid)
         return bool(self._leaving) and now < self._hand_over_by
 

@@ -24,6 +24,8 @@ _PREFIX = "gunicorn-dirty-"
 
 _LOCK_NAME = "lock"
 
+_STOPS = b"s"
+
 _STALE_AGE = 60.0
 """Seconds a directory must have stood before it may count as stale: a master that starts at the same
 moment has made its own, but not locked it yet."""
@@ -60,6 +62,13 @@ class Listener:
         self.sock.listen(settings.current.backlog)
         self.sock.setblocking(False)
         atexit.register(self._at_exit)
+
+    def announce_stop(self) -> None:
+        """In the master: tell its arbiter, which shares our lock file, that none will follow it."""
+        os.pwrite(self._lock, _STOPS, 0)
+
+    def stop_announced(self) -> bool:
+        return os.pread(self._lock, 1, 0) == _STOPS
 
     def remove(self) -> None:
         """Take the socket's directory away; connections that stand are not touched."""

@@ -5,15 +5,15 @@ greenlets run on in the child, on the parent's sockets. ``reinit()`` and then
 ``get_hub().destroy(destroy_loop=True)`` *from the main greenlet* gives a clean child in which a new
 hub, ``monkey.patch_all()``, subprocess and the threadpool work; the same from a spawned greenlet
 ends in ``LoopExit``.
+
+This module is loaded in gunicorn's master; what only children need is imported where it is used, so
+that the master loads nothing which its own dirty support does not (gunicorn#3482).
 """
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import logging
 import os
-import resource
 import signal
 import stat
 import sys
@@ -147,6 +147,8 @@ def _logging_descriptors() -> set[int]:
 
 def dump_stacks_on_crash(log: Any) -> None:
     """Have the stacks of all threads written to the error log on SIGSEGV, SIGABRT and the like."""
+    import faulthandler
+
     for handler in log.error_log.handlers:
         try:
             faulthandler.enable(file=handler.stream)
@@ -163,6 +165,8 @@ def die_with_parent(number: int, parent: int) -> None:
     To be called after privileges were dropped (changing the user clears the setting), from the main
     thread. If the parent is dead already, the signal is sent at once.
     """
+    import ctypes
+
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
@@ -199,6 +203,8 @@ def memory_of(pid: int) -> int:
 
 def raise_descriptor_limit(needed: int) -> None:
     """Raise the soft limit of open descriptors to the hard one if it is below `needed`."""
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         try:

@@ -116,11 +116,12 @@ class Roster:
     @property
     def minimum(self) -> int:
         """The size below which an app would not get the workers it asks for (gunicorn's rule)."""
-        return max(1, self._most_wanted(self.generation), self._most_wanted(self._serving))
+        return max(self._most_wanted(self.generation), self._most_wanted(self._serving))
 
     def _most_wanted(self, generation: int) -> int:
         declared = self._declared.get(generation, {})
-        return max(limit or declared.get(app) or 1 for app, limit in self._configured.items())
+        limits = (limit or declared.get(app) or 1 for app, limit in self._configured.items())
+        return max(limits, default=1)
 
     @property
     def empty(self) -> bool:
