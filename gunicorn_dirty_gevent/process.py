@@ -32,12 +32,12 @@ EXIT_ERROR = 1
 """Exit code after an error. Never 3 or 4: gunicorn's master halts on those."""
 
 
-def fork(child: Callable[[], object], keep: Callable[[], Iterable[int]], release: Callable[[], None]) -> int:
+def fork(child: Callable[[], object], keep: Iterable[int], release: Callable[[], None]) -> int:
     """Fork; `child()` runs in a clean child process, which then exits. Returns the child's pid.
 
     To be called from the main greenlet only. `release()` runs first in the child and must let go of
-    everything that is tied to the parent's hub (watchers, links); `keep()` then names the
-    descriptors that stay.
+    everything that is tied to the parent's hub (watchers, links); `keep` names the descriptors that
+    stay. Raises OSError when there can be no more processes.
     """
     # A signal between the fork and the child's own handlers would run the parent's in the child.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -50,16 +50,14 @@ def fork(child: Callable[[], object], keep: Callable[[], Iterable[int]], release
     return pid
 
 
-def run_child(
-    child: Callable[[], object], keep: Callable[[], Iterable[int]], release: Callable[[], None]
-) -> NoReturn:
+def run_child(child: Callable[[], object], keep: Iterable[int], release: Callable[[], None]) -> NoReturn:
     """Make this freshly forked process clean, run `child()` in it, and exit without returning."""
     code = EXIT_ERROR
     try:
         reset_signals()
         release()
         _renew_hub()
-        release_descriptors(keep())
+        release_descriptors(keep)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         child()
         code = 0
@@ -127,6 +125,12 @@ def _is_channel(number: int) -> bool:
         return os.readlink(f"/proc/self/fd/{number}").startswith("anon_inode:[event")
     except OSError:
         return False
+
+
+def log_descriptors(log: Any) -> list[int]:
+    """What gunicorn's logger uses beside its handlers: statsd's socket."""
+    sock = getattr(log, "sock", None)
+    return [] if sock is None else [sock.fileno()]
 
 
 def _logging_descriptors() -> set[int]:

@@ -122,6 +122,12 @@ def pack_frame(kind: int, call_id: int, payload: bytes = b"") -> bytes:
     return _HEADER.pack(MAGIC, VERSION, kind, len(payload), call_id) + payload
 
 
+def pack_parts(kind: int, call_id: int, payload: bytes) -> Parts:
+    """`pack_frame` for payloads of any size."""
+    header = _HEADER.pack(MAGIC, VERSION, kind, len(payload), call_id)
+    return (header + payload,) if len(payload) <= _JOIN_LIMIT else (header, payload)
+
+
 _JOIN_LIMIT = 65536
 """Bodies above this are handed to the socket as a part of their own instead of being copied behind
 their header; below, one copy is cheaper than a second part."""

@@ -1,0 +1,238 @@
+"""The arbiter's frames: between clients, the dispatcher and workers, in the hub's callbacks.
+
+Nothing here blocks. What has to fork, log or call hooks is handed to the main greenlet (`soon`).
+"""
+
+from __future__ import annotations
+
+import _socket
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import gevent
+
+from .core import dispatch, faults, values, wire
+from .core.wire import Frame
+from .link import Link
+from .settings import Settings
+
+GOAWAY_TIME = 1.0
+"""Seconds a client gets to confirm that it sends its new calls to the next arbiter."""
+
+FLUSH_TIME = 1.0
+"""Seconds for clients to take the last answers before the arbiter ends."""
+
+ACCEPT_PAUSE = 0.5
+"""Seconds without accepting after the process ran out of descriptors."""
+
+_ACCEPTS_PER_TURN = 64
+
+
+class Supervisor(Protocol):
+    """What the main greenlet does for the router. All are called through `soon`, from no callback."""
+
+    log: Any
+
+    def soon(self, what: Callable[[], None]) -> None: ...
+
+    def worker_said(self, key: int, kind: int, told: Any) -> None: ...
+
+    def worker_cut_off(self, key: int, reason: str) -> None: ...
+
+    def worker_worn(self, key: int, why: str) -> None: ...
+
+    def worker_stuck(self, key: int, why: str) -> None: ...
+
+
+class Router:
+    """Owns the dispatcher and every link."""
+
+    def __init__(
+        self, supervisor: Supervisor, apps: Iterable[str], options: Settings, listener: _socket.socket
+    ) -> None:
+        limits = dispatch.Limits(options.queue_size, options.queue_bytes, options.calls_per_connection)
+        self.dispatcher = dispatch.Dispatcher(apps, limits)
+        self.wakes_at = 0.0
+        """When the main greenlet will call `tick` by itself."""
+        self.stopping = False
+        """The main greenlet waits for the last calls to end."""
+        self._supervisor = supervisor
+        self._options = options
+        self._listener = listener
+        self._clients: set[Link] = set()
+        self._workers: dict[int, Link] = {}
+        self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
+        self._hand_over_by: float | None = None
+        self._loop: Any = gevent.get_hub().loop
+        self._accepter: Any = self._loop.io(listener.fileno(), 1)
+
+    # For the main greenlet.
+
+    def open(self) -> None:
+        """Accept clients."""
+        self._accepter.start(self._accept)
+
+    def hand_over(self, now: float) -> None:
+        """The next arbiter takes the new calls: they wait at the listener until it is there."""
+        self._accepter.stop()
+        self._hand_over_by = now + GOAWAY_TIME
+        for link in self._clients:
+            self._leaving.add(link)
+            link.send((wire.pack_frame(wire.GOAWAY, 0),))
+
+    def handing_over(self, now: float) -> float | None:
+        """Until when clients may still confirm the hand-over; None when nothing is to wait for."""
+        by = self._hand_over_by
+        return by if by is not None and self._leaving and now < by else None
+
+    def tick(self, now: float) -> None:
+        self.act(self.dispatcher.tick(now))
+
+    def refuse_all(self) -> None:
+        """End every call with an error."""
+        self.act(self.dispatcher.stop())
+
+    def flush(self) -> None:
+        """Give the last answers to the kernel; clients read them after we have gone."""
+        until = time.monotonic() + FLUSH_TIME
+        gevent.sleep(0)
+        while any(link.outbox_bytes for link in self._clients) and time.monotonic() < until:
+            gevent.sleep(0.01)
+
+    def abandon(self) -> None:
+        """In a process just forked: let go of every link."""
+        self._accepter.stop()
+        self._accepter.close()
+        for link in [*self._clients, *self._workers.values()]:
+            link.close("forked")
+
+    def add_worker(self, key: int, sock: _socket.socket) -> None:
+        frames = partial(self._on_worker_frames, key)
+        closed = partial(self._on_worker_close, key)
+        self._workers[key] = Link(sock, frames, closed, self._options.max_message_size)
+
+    def stop_worker(self, key: int) -> None:
+        """Send the worker nothing more, and have it end when it has finished."""
+        self.dispatcher.worker_draining(key)
+        self._workers[key].send((wire.pack_frame(wire.STOP, 0),))
+
+    def finish_worker(self, key: int) -> None:
+        """The process has ended. What it wrote before counts: its answers come before its loss."""
+        link = self._workers[key]
+        link.read_rest()
+        link.close("the worker has ended")
+        del self._workers[key]
+
+    # Workers.
+
+    def _on_worker_frames(self, key: int, link: Link, frames: list[Frame]) -> None:
+        now = time.monotonic()
+        supervisor = self._supervisor
+        for kind, call_id, payload in frames:
+            if kind in (wire.CHUNK, wire.RESPONSE, wire.ERROR, wire.END):
+                self.act(self.dispatcher.frame_from_worker(key, kind, call_id, payload, now))
+            elif kind in (wire.READY, wire.CLASSES, wire.STOP):
+                if kind == wire.STOP:
+                    self.dispatcher.worker_draining(key)
+                told = values.loads(payload) if payload else None
+                supervisor.soon(partial(supervisor.worker_said, key, kind, told))
+            else:
+                raise wire.WireError(f"a dirty worker sent a frame of kind {kind:#x}")
+        self._wake_if_due()
+
+    def _on_worker_close(self, key: int, link: Link, reason: str) -> None:
+        self._supervisor.soon(partial(self._supervisor.worker_cut_off, key, reason))
+
+    # Clients.
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_PER_TURN):
+            try:
+                # The public accept() is socket.socket's, which gevent may have patched.
+                number, _address = self._listener._accept()  # type: ignore[attr-defined]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._pause_accepting(error)
+                return
+            sock = _socket.socket(fileno=number)
+            maximum = self._options.max_message_size
+            self._clients.add(Link(sock, self._on_client_frames, self._on_client_close, maximum))
+
+    def _pause_accepting(self, error: OSError) -> None:
+        """Out of descriptors, most likely: a readable listener would spin."""
+        self._accepter.stop()
+        timer = self._loop.timer(ACCEPT_PAUSE)
+        timer.start(self._accepter.start, self._accept)
+        message = "Cannot accept a dirty client: %s; trying again"
+        self._supervisor.soon(partial(self._supervisor.log.error, message, error.strerror))
+
+    def _on_client_frames(self, link: Link, frames: list[Frame]) -> None:
+        now = time.monotonic()
+        dispatcher = self.dispatcher
+        for kind, call_id, payload in frames:
+            if kind == wire.REQUEST:
+                request = wire.unpack_request(payload)
+                self.act(dispatcher.submit(link, call_id, request, now))
+            elif kind == wire.CREDIT:
+                self.act(dispatcher.credit(link, call_id, payload, now))
+            elif kind == wire.CANCEL:
+                self.act(dispatcher.cancel(link, call_id, now))
+            elif kind == wire.GOAWAY:
+                self._leaving.discard(link)
+            elif kind == wire.HELLO:
+                link.send((wire.pack_hello(self._options.max_message_size),))
+            else:
+                raise wire.WireError(f"a client sent a frame of kind {kind:#x}")
+        self._wake_if_due()
+
+    def _on_client_close(self, link: Link, reason: str) -> None:
+        self._clients.discard(link)
+        self._leaving.discard(link)
+        self.act(self.dispatcher.client_lost(link, time.monotonic()))
+        if "protocol error" in reason:
+            message = "Dropped a dirty client: %s"
+            self._supervisor.soon(partial(self._supervisor.log.warning, message, reason))
+        self._wake_if_due()
+
+    def _wake_if_due(self) -> None:
+        due = self.dispatcher.next_deadline()
+        if self.stopping or (due is not None and due < self.wakes_at):
+            self._supervisor.soon(_nothing)
+
+    # Actions of the dispatcher.
+
+    def act(self, actions: Iterable[dispatch.Action]) -> None:
+        """Carry them out."""
+        supervisor = self._supervisor
+        for action in actions:
+            if isinstance(action, dispatch.Assign):
+                parts = wire.repack_request(action.call_id, action.request, action.budget)
+                self._workers[action.worker].send(parts)
+            elif isinstance(action, dispatch.Reply):
+                self._reply(action)
+            elif isinstance(action, dispatch.Forward):
+                frame = wire.pack_frame(action.kind, action.call_id, action.payload)
+                self._workers[action.worker].send((frame,))
+            elif isinstance(action, dispatch.Refuse):
+                frame = wire.pack_frame(wire.ERROR, action.call_id, values.dumps(action.fault))
+                action.client.send((frame,))
+            elif isinstance(action, dispatch.Worn):
+                supervisor.soon(partial(supervisor.worker_worn, action.worker, action.why))
+            else:
+                self.dispatcher.worker_draining(action.worker)
+                supervisor.soon(partial(supervisor.worker_stuck, action.worker, action.why))
+
+    def _reply(self, reply: dispatch.Reply) -> None:
+        link, kind, call_id, payload = reply
+        size = link.outbox_bytes + len(payload)
+        if kind == wire.RESPONSE and size > self._options.unread_bytes and link.outbox_bytes:
+            fault = faults.answer_dropped(len(payload), self._options.unread_bytes)
+            kind, payload = wire.ERROR, values.dumps(fault)
+        link.send(wire.pack_parts(kind, call_id, payload))
+
+
+def _nothing() -> None:
+    """To wake the main greenlet is all."""
