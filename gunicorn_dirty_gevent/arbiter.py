@@ -13,6 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gevent
@@ -160,8 +161,7 @@ class DirtyArbiter:
                 self.log.reopen_files()
                 self._pool.signal_all(signal.SIGUSR1)
             elif number in (signal.SIGTTIN, signal.SIGTTOU):
-                self._pool.resize(1 if number == signal.SIGTTIN else -1)
-                self.num_workers = self._pool.roster.size
+                self.resize(1 if number == signal.SIGTTIN else -1)
             elif number != signal.SIGHUP:
                 self._stop(graceful=number == signal.SIGTERM)
             elif self.alive:
@@ -198,6 +198,29 @@ class DirtyArbiter:
         if self._listener.stop_announced():
             return process.has_siblings(self.ppid)
         return self._router.handing_over(now) is not None
+
+    # For the router, from callbacks.
+
+    def status(self) -> dict[str, Any]:
+        """What ``gunicornc`` shows; the keys are gunicorn's."""
+        return {
+            "arbiter_pid": self.pid,
+            "workers": self._pool.status(),
+            "worker_count": len(self.workers),
+            "apps": list(self.app_specs),
+        }
+
+    def resize(self, change: int) -> tuple[int, int]:
+        """Have so many workers more (or fewer); the numbers before and after."""
+        roster = self._pool.roster
+        before, after = roster.size, roster.resize(roster.size + change)
+        self.num_workers = after
+        if after == before:
+            message = "Cannot decrease below %s dirty workers (required by app specs)"
+            self.soon(partial(self.log.warning, message, after))
+        else:
+            self.soon(partial(self.log.info, "Dirty workers changed from %s to %s", before, after))
+        return before, after
 
     # For the router, in the main greenlet (but `soon`, which brings things there).
 

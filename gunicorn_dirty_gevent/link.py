@@ -16,11 +16,11 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import gevent
 
-from .core.wire import DEFAULT_MAX_MESSAGE, Frame, FrameDecoder, Parts, WireError
+from .core.wire import Frame, Parts, WireError
 
 READ_SIZE = 262144
 """Bytes per read: a little above Linux's default socket buffer (208 KiB), so that one read empties
@@ -33,6 +33,15 @@ _SENDMSG_PARTS = 64
 """Parts per system call; the kernel takes 1,024 (IOV_MAX), but each costs a slice if it stops short."""
 
 _READ, _WRITE = 1, 2  # gevent's io watcher events
+
+
+class Decoder(Protocol):
+    """Bytes in, frames out (`core.wire.FrameDecoder`, `core.dialects.Opening`)."""
+
+    def receive_data(self, data: bytes) -> None: ...
+
+    def frames(self) -> list[Frame]: ...
+
 
 OnFrames = Callable[["Link", list[Frame]], None]
 OnClose = Callable[["Link", str], None]
@@ -50,9 +59,12 @@ class Link:
         sock: _socket.socket,
         on_frames: OnFrames,
         on_close: OnClose,
-        max_message: int = DEFAULT_MAX_MESSAGE,
+        decoder: Decoder,
     ) -> None:
         self.sock = sock
+        self.decoder = decoder
+        self.on_drained: Callable[[], None] | None = None
+        """Called when the kernel has taken everything, after it had not."""
         self.closed = ""  # the reason
         self.flushed = 0
         """Bytes that the kernel has taken."""
@@ -60,7 +72,6 @@ class Link:
         """Bytes that wait for the kernel."""
         self._on_frames = on_frames
         self._on_close = on_close
-        self._decoder = FrameDecoder(max_message)
         self._outbox: deque[bytes | memoryview] = deque()
         self._turn_taken = False
         self._blocked = False  # the kernel's buffer is full; the writer waits for room
@@ -93,6 +104,8 @@ class Link:
         self._writer.stop()
         self._blocked = False
         self._flush()
+        if not self._outbox and self.on_drained is not None:
+            self.on_drained()
 
     def _flush(self) -> None:
         if self._blocked:
@@ -137,8 +150,8 @@ class Link:
                 if not data:
                     self._end("the other side closed the connection")
                     return
-                self._decoder.receive_data(data)
-                frames = self._decoder.frames()
+                self.decoder.receive_data(data)
+                frames = self.decoder.frames()
                 if frames:
                     self._on_frames(self, frames)
                 if len(data) < READ_SIZE or self.closed:
@@ -162,9 +175,9 @@ class Link:
                 return
             if not data:
                 return
-            self._decoder.receive_data(data)
+            self.decoder.receive_data(data)
             try:
-                frames = self._decoder.frames()
+                frames = self.decoder.frames()
             except WireError:
                 return
             self._on_frames(self, frames)

@@ -77,13 +77,18 @@ class Pool:
         times = [self._weigh_at, *(member.kill_at for member in self._members.values())]
         return min(times if wanted is None else [wanted, *times])
 
-    def resize(self, change: int) -> None:
-        before = self.roster.size
-        after = self.roster.resize(before + change)
-        if after == before:
-            self._log.warning("Cannot decrease below %s dirty workers (required by app specs)", after)
-        else:
-            self._log.info("Dirty workers changed from %s to %s", before, after)
+    def status(self) -> list[dict[str, Any]]:
+        """The workers, oldest first, as gunicorn's control interface has them."""
+        return [
+            {
+                "pid": member.pid,
+                "age": member.worker.age,
+                "apps": member.worker.app_paths,
+                "booted": member.worker.booted,
+                "last_heartbeat": None,  # there are none: a link's end is a worker's
+            }
+            for member in sorted(self._members.values(), key=lambda member: member.worker.age)
+        ]
 
     def reload(self) -> None:
         self._log.info("Reloading dirty workers")

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 import gevent
 
-from .core import dispatch, faults, values, wire
-from .core.wire import Frame
+from . import desk
+from .codecs import CODECS
+from .core import dialects, dispatch, faults, values, wire
+from .core.wire import Frame, FrameDecoder
 from .link import Link
 from .settings import Settings
 
@@ -31,11 +33,15 @@ _ACCEPTS_PER_TURN = 64
 
 
 class Supervisor(Protocol):
-    """What the main greenlet does for the router. All are called through `soon`, from no callback."""
+    """What the router needs of the main greenlet. What a worker said or is goes through `soon`."""
 
     log: Any
 
     def soon(self, what: Callable[[], None]) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def resize(self, change: int) -> tuple[int, int]: ...
 
     def worker_said(self, key: int, kind: int, told: Any) -> None: ...
 
@@ -65,6 +71,7 @@ class Router:
         self._workers: dict[int, Link] = {}
         self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
         self._hand_over_by: float | None = None
+        self._desk = desk.Desk(supervisor, options.stash_size)
         self._loop: Any = gevent.get_hub().loop
         self._accepter: Any = self._loop.io(listener.fileno(), 1)
 
@@ -79,8 +86,9 @@ class Router:
         self._accepter.stop()
         self._hand_over_by = now + GOAWAY_TIME
         for link in self._clients:
-            self._leaving.add(link)
-            link.send((wire.pack_frame(wire.GOAWAY, 0),))
+            if _dialect(link).codec == wire.CODEC_MSGPACK:  # the others have no such message
+                self._leaving.add(link)
+                link.send((wire.pack_frame(wire.GOAWAY, 0),))
 
     def handing_over(self, now: float) -> float | None:
         """Until when clients may still confirm the hand-over; None when nothing is to wait for."""
@@ -111,7 +119,7 @@ class Router:
     def add_worker(self, key: int, sock: _socket.socket) -> None:
         frames = partial(self._on_worker_frames, key)
         closed = partial(self._on_worker_close, key)
-        self._workers[key] = Link(sock, frames, closed, self._options.max_message_size)
+        self._workers[key] = Link(sock, frames, closed, FrameDecoder(self._options.max_message_size))
 
     def stop_worker(self, key: int) -> None:
         """Send the worker nothing more, and have it end when it has finished."""
@@ -147,6 +155,15 @@ class Router:
 
     # Clients.
 
+    def _ask(self, link: Link, kind: int, call_id: int, payload: bytes) -> None:
+        """A question that the arbiter itself answers, in gunicorn's own protocol."""
+        try:
+            result = self._desk.answer(kind, payload)
+        except desk.Refusal as refusal:
+            self.refuse(link, call_id, refusal.fault)
+        else:
+            link.send(_dialect(link).pack(wire.RESPONSE, call_id, result))
+
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_PER_TURN):
             try:
@@ -158,8 +175,8 @@ class Router:
                 self._pause_accepting(error)
                 return
             sock = _socket.socket(fileno=number)
-            maximum = self._options.max_message_size
-            self._clients.add(Link(sock, self._on_client_frames, self._on_client_close, maximum))
+            opening = dialects.Opening(self._options.max_message_size)
+            self._clients.add(Link(sock, self._on_client_frames, self._on_client_close, opening))
 
     def _pause_accepting(self, error: OSError) -> None:
         """Out of descriptors, most likely: a readable listener would spin."""
@@ -184,6 +201,8 @@ class Router:
                 self._leaving.discard(link)
             elif kind == wire.HELLO:
                 link.send((wire.pack_hello(self._options.max_message_size),))
+            elif kind in (dialects.STASH, dialects.STATUS, dialects.MANAGE):
+                self._ask(link, kind, call_id, payload)
             else:
                 raise wire.WireError(f"a client sent a frame of kind {kind:#x}")
         self._wake_if_due()
@@ -217,21 +236,49 @@ class Router:
                 frame = wire.pack_frame(action.kind, action.call_id, action.payload)
                 self._workers[action.worker].send((frame,))
             elif isinstance(action, dispatch.Refuse):
-                frame = wire.pack_frame(wire.ERROR, action.call_id, values.dumps(action.fault))
-                action.client.send((frame,))
+                self.refuse(action.client, action.call_id, action.fault)
             elif isinstance(action, dispatch.Worn):
                 supervisor.soon(partial(supervisor.worker_worn, action.worker, action.why))
             else:
                 self.dispatcher.worker_draining(action.worker)
                 supervisor.soon(partial(supervisor.worker_stuck, action.worker, action.why))
 
+    def refuse(self, link: Link, call_id: int, fault: faults.Fault) -> None:
+        """Answer with an error."""
+        dialect = _dialect(link)
+        link.send(dialect.pack(wire.ERROR, call_id, CODECS[dialect.codec].dumps_fault(fault)))
+
     def _reply(self, reply: dispatch.Reply) -> None:
         link, kind, call_id, payload = reply
         size = link.outbox_bytes + len(payload)
         if kind == wire.RESPONSE and size > self._options.unread_bytes and link.outbox_bytes:
-            fault = faults.answer_dropped(len(payload), self._options.unread_bytes)
-            kind, payload = wire.ERROR, values.dumps(fault)
-        link.send(wire.pack_parts(kind, call_id, payload))
+            self.refuse(link, call_id, faults.answer_dropped(len(payload), self._options.unread_bytes))
+            return
+        dialect = _dialect(link)
+        link.send(dialect.pack(kind, call_id, payload))
+        if kind == wire.CHUNK and not dialect.gives_credit:
+            self._give_credit(link, call_id, wire.chunk_cost(payload))
+
+    def _give_credit(self, link: Link, call_id: int, amount: int) -> None:
+        """For a client that says nothing of what it has read: once the kernel has taken the chunk."""
+        if link.outbox_bytes == 0:
+            credit = wire.pack_credit_payload(amount)
+            self.act(self.dispatcher.credit(link, call_id, credit, time.monotonic()))
+            return
+        before = link.on_drained
+
+        def drained() -> None:
+            link.on_drained = None
+            if before is not None:
+                before()
+            self._give_credit(link, call_id, amount)
+
+        link.on_drained = drained
+
+
+def _dialect(link: Link) -> dialects.Dialect:
+    dialect: dialects.Dialect = link.decoder.dialect  # type: ignore[attr-defined]
+    return dialect
 
 
 def _nothing() -> None:

@@ -32,6 +32,10 @@ class Settings:
     """Bytes of one encoded request, answer or chunk: 128 MiB, twice gunicorn's 64, so that a value of
     64 MiB fits together with its framing. `DirtyMessageTooLargeError` beyond; at most 4 GiB - 1."""
 
+    stash_size: int = 64 * 1024 * 1024
+    """Bytes of all stash tables together, values and 128 for each entry: the arbiter keeps them in its
+    memory. `StashError` beyond."""
+
     backlog: int = 2048
     """Connections that may wait while an arbiter is being replaced. gunicorn's default for its own
     sockets; the kernel caps it at ``net.core.somaxconn``."""

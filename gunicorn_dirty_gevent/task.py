@@ -13,6 +13,7 @@ import gevent
 from gevent.event import Event
 
 from . import app as apps
+from .codecs import CODECS
 from .core import faults, values, wire
 from .core.dispatch import AppTraits
 from .core.faults import Fault
@@ -52,6 +53,7 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
         self.call_id = call_id
         self.request = request
         self._host = host
+        self._codec = CODECS.get(request.codec, CODECS[wire.CODEC_MSGPACK])
         self._deadline = time.monotonic() + request.budget
         self._began = False
         self._cancelled = False
@@ -97,7 +99,7 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
                 raise gevent.GreenletExit
             kind, payload = self._perform()
         except _Refused as refused:
-            kind, payload = wire.ERROR, values.dumps(refused.fault)
+            kind, payload = wire.ERROR, self._codec.dumps_fault(refused.fault)
         except gevent.GreenletExit:
             kind, payload = wire.END, b""
         finally:
@@ -158,7 +160,7 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
         if problem is not None:
             raise _Refused(faults.action_unknown(request.app, request.action, problem))
         try:
-            args, kwargs = values.loads_call(request.body)
+            args, kwargs = self._codec.loads_call(request.body)
         except values.UndecodableValue as error:
             message = f"the arguments of {request.app}.{request.action} cannot be decoded: {error}"
             raise _Refused(faults.protocol(message, may_have_run=False)) from error
@@ -217,7 +219,7 @@ class Task(gevent.Greenlet):  # type: ignore[type-arg]
         if inspect.iscoroutine(value):
             value.close()
         try:
-            payload = values.dumps(value, place)
+            payload = self._codec.dumps(value, place)
         except values.UnencodableValue as error:
             message = f"{request.app}.{request.action} ran, but its {error}"
             raise _Refused(faults.unencodable(message, request.app, request.action)) from error

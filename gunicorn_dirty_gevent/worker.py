@@ -75,7 +75,7 @@ class DirtyWorker:
         self._init_signals()
         blocked_after = settings.current.hub_blocked_after
         self._watchdog = Watchdog(self.log, self.pid, blocked_after, lambda: bool(self._tasks))
-        self._link = Link(sock, self._on_frames, self._on_close, self.max_message)
+        self._link = Link(sock, self._on_frames, self._on_close, wire.FrameDecoder(self.max_message))
         try:
             self._boot()
             self._serve()

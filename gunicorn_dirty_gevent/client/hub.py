@@ -12,7 +12,7 @@ from gevent.event import Event
 from gevent.hub import Waiter
 
 from ..core.mux import Call, Mux, Phase, nobody
-from ..core.wire import Frame
+from ..core.wire import Frame, FrameDecoder
 from ..link import Link
 
 RETRY_PAUSE = 0.05
@@ -116,7 +116,7 @@ class HubChannel:
             self._mux.refuse(f"cannot connect: {error.strerror or error}")
         else:
             # The arbiter sees to the size of answers; it has our trust.
-            self._link = Link(sock, self._on_frames, self._on_close, 0xFFFFFFFF)
+            self._link = Link(sock, self._on_frames, self._on_close, FrameDecoder(0xFFFFFFFF))
             self._link.send(self._mux.connected())
 
     def _on_frames(self, link: Link, frames: list[Frame]) -> None:

@@ -332,7 +332,7 @@ class Dispatcher:
         queue = self._queues[app]
         actions: list[Action] = []
         while (call := queue.head()) is not None:
-            actions.append(self._end(call, fault))
+            actions.append(self._end(call, faults.ran_before(fault) if call.attempts else fault))
         return actions
 
     def worker_draining(self, worker: int) -> None:
@@ -405,7 +405,7 @@ class Dispatcher:
         for calls in list(self._clients.values()):
             for call in list(calls.values()):
                 runs = call.state is State.RUNNING
-                fault = faults.stopping(call.request.app, call.request.action, runs)
+                fault = faults.stopping(call.request.app, call.request.action, call.attempts > 0)
                 actions.append(self._answer(call, fault) if runs else self._end(call, fault))
         return actions
 
@@ -433,7 +433,8 @@ class Dispatcher:
             why = f"all {slots} slots of {len(holders)} workers were busy"
         else:
             why = "no dirty worker was ready with this app"
-        return faults.queue_timeout(request.app, request.action, now - call.enqueued, why)
+        waited = now - call.enqueued
+        return faults.queue_timeout(request.app, request.action, waited, why, ran=call.attempts > 0)
 
     def _overdue(self, call: Call, now: float) -> list[Action]:
         """A call at a worker has passed the caller's deadline, its own time limit, or both."""

@@ -32,6 +32,11 @@ def action_unknown(app: str, action: str, message: str) -> Fault:
     return fault("DirtyActionNotFoundError", message, may_have_run=False, app_path=app, action=action)
 
 
+def ran_before(told: Fault) -> Fault:
+    """The same fault, for a call whose first run was lost with its worker."""
+    return {**told, "details": {**told["details"], "may_have_run": True}}
+
+
 def protocol(message: str, *, may_have_run: bool) -> Fault:
     return fault("DirtyProtocolError", message, may_have_run=may_have_run)
 
@@ -60,11 +65,13 @@ def message_too_large(what: str, size: int, limit: int, *, ran: bool) -> Fault:
     )
 
 
-def queue_timeout(app: str, action: str, waited: float, why: str) -> Fault:
+def queue_timeout(app: str, action: str, waited: float, why: str, *, ran: bool = False) -> Fault:
+    """`ran`: a first run was lost with its worker."""
+    start, told = ("again ", "its first run was lost") if ran else ("", "it has not run")
     return fault(
         "DirtyTimeoutError",
-        f"{app}.{action} was not started within {waited:.3g} s: {why}; it has not run",
-        may_have_run=False,
+        f"{app}.{action} was not started {start}within {waited:.3g} s: {why}; {told}",
+        may_have_run=ran,
         timeout=waited,
         app_path=app,
         action=action,

@@ -152,11 +152,11 @@ class Mux:
         """
         self.phase = Phase.DOWN
         # Those that wait again come first: callers that are told may start new calls, and cancel any.
-        for call in list(self._calls.values()):
-            if call.end > flushed:
-                del self._calls[call.id]
-                call.id = 0
-                self.waiting[call] = None
+        unsent = [call for call in self._calls.values() if call.end > flushed]
+        for call in unsent:
+            del self._calls[call.id]
+            call.id = 0
+        self.waiting = {**dict.fromkeys(unsent), **self.waiting}
         for call in list(self._calls.values()):
             if self._calls.pop(call.id, None) is not None:
                 self._fail(call, reason, sent=True)
@@ -201,7 +201,7 @@ class Mux:
     def cancel(self, call: Call) -> Parts | None:
         """The caller has gone away. Nothing further reaches the call."""
         self.waiting.pop(call, None)
-        if self._calls.pop(call.id, None) is None or self.phase is not Phase.OPEN:
+        if self._calls.pop(call.id, None) is None or self.phase is Phase.DOWN:
             return None
         return self._send((wire.pack_frame(wire.CANCEL, call.id),))
 

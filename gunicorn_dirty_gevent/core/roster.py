@@ -133,7 +133,8 @@ class Roster:
         """A worker has imported its app classes: what their ``workers`` attributes say."""
         member = self.members.get(key)
         if member is not None:
-            self._declared[member.generation] = declared
+            # It speaks of its own apps only.
+            self._declared.setdefault(member.generation, {}).update(declared)
 
     def ready(self, key: int, now: float, *, whole: bool = True) -> list[Action]:
         """A worker takes calls. Not `whole`: some of its apps failed to load, so it serves the
@@ -166,6 +167,7 @@ class Roster:
 
     def exited(self, key: int, now: float) -> list[Action]:
         """A worker has ended."""
+        self._prove(now)
         member = self.members.pop(key, None)
         if member is None or self._stopping or member.phase is Phase.RETIRING:
             return []

@@ -117,9 +117,9 @@ Parts = tuple[bytes | memoryview, ...]
 """Bytes to be sent one after the other."""
 
 
-def pack_frame(kind: int, call_id: int, payload: bytes = b"") -> bytes:
+def pack_frame(kind: int, call_id: int, payload: bytes = b"", version: int = VERSION) -> bytes:
     """One frame as bytes."""
-    return _HEADER.pack(MAGIC, VERSION, kind, len(payload), call_id) + payload
+    return _HEADER.pack(MAGIC, version, kind, len(payload), call_id) + payload
 
 
 def pack_parts(kind: int, call_id: int, payload: bytes) -> Parts:
@@ -200,9 +200,14 @@ def unpack_hello(payload: bytes) -> int:
     return int(_HELLO.unpack_from(payload)[0])
 
 
-def pack_credit(call_id: int, amount: int) -> bytes:
+def pack_credit_payload(amount: int) -> bytes:
     """So many bytes more may be sent on the stream."""
-    return pack_frame(CREDIT, call_id, _CREDIT.pack(amount))
+    return _CREDIT.pack(amount)
+
+
+def pack_credit(call_id: int, amount: int) -> bytes:
+    """A CREDIT frame."""
+    return pack_frame(CREDIT, call_id, pack_credit_payload(amount))
 
 
 def unpack_credit(payload: bytes) -> int:
@@ -223,8 +228,12 @@ class FrameDecoder:
     it are still returned, then every further call raises the same `WireError`.
     """
 
-    def __init__(self, max_message: int = DEFAULT_MAX_MESSAGE) -> None:
+    def __init__(
+        self, max_message: int = DEFAULT_MAX_MESSAGE, version: int = VERSION, kinds: frozenset[int] = _KINDS
+    ) -> None:
         self.max_message = max_message
+        self._version = version
+        self._kinds = kinds
         self._parts: list[bytes] = []
         self._size = 0
         # Nothing can be complete before so many bytes are there: a large frame is joined once, not
@@ -254,7 +263,7 @@ class FrameDecoder:
         self._needed = HEADER_SIZE
         while size - position >= HEADER_SIZE:
             magic, version, kind, length, call_id = _HEADER.unpack_from(data, position)
-            if magic != MAGIC or version != VERSION or kind not in _KINDS:
+            if magic != MAGIC or version != self._version or kind not in self._kinds:
                 return self._fail(found, data[position : position + HEADER_SIZE])
             if length > self.max_message:
                 return self._fail(found, b"", f"a frame of {length} bytes; {self.max_message} may be sent")

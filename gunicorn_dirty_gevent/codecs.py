@@ -1,0 +1,88 @@
+"""How values are encoded for each dialect of the wire. Used by workers, and for the arbiter's errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gunicorn.dirty.tlv import TLVEncoder
+
+from .core import dialects, values, wire
+from .core.faults import Fault
+from .core.values import UndecodableValue, UnencodableValue
+
+Arguments = tuple[Any, dict[str, Any]]
+
+
+class Codec(NamedTuple):
+    """The two directions; they raise `UndecodableValue` and `UnencodableValue`."""
+
+    loads_call: Callable[[memoryview], Arguments]
+    dumps: Callable[[Any, str], bytes]
+    dumps_fault: Callable[[Fault], bytes]
+
+
+_STOCK_TYPES = {
+    "DirtyActionNotFoundError": "DirtyAppError",
+    "DirtyEncodeError": "DirtyProtocolError",
+    "DirtyMessageTooLargeError": "DirtyProtocolError",
+    "DirtyOverloadedError": "DirtyNoWorkersAvailableError",
+    "DirtyWorkerDiedError": "DirtyWorkerError",
+}
+"""Our errors under the names that stock clients know: they make a plain DirtyError of any other."""
+
+
+def _load_message(message: Any) -> Arguments:
+    """The arguments of a request as the other dialects write it."""
+    if isinstance(message, dict):
+        args, kwargs = message.get("args") or [], message.get("kwargs") or {}
+        if isinstance(args, list) and isinstance(kwargs, dict):
+            return args, kwargs
+    raise UndecodableValue('a request has "args", a list, and "kwargs", a dict')
+
+
+def _load_tlv(body: memoryview) -> Arguments:
+    try:
+        message = TLVEncoder.decode_full(bytes(body))
+    except Exception as error:
+        raise UndecodableValue(f"broken TLV: {error}") from error
+    return _load_message(message)
+
+
+def _load_json(body: memoryview) -> Arguments:
+    try:
+        message = json.loads(bytes(body))
+    except (ValueError, RecursionError) as error:
+        raise UndecodableValue(f"broken JSON: {error}") from error
+    return _load_message(message)
+
+
+def _dump_tlv(value: Any, place: str) -> bytes:
+    try:
+        encoded: bytes = TLVEncoder.encode(value)
+    except Exception as error:
+        raise UnencodableValue(
+            type(value).__name__, place, f"gunicorn's TLV has no form for it ({error})"
+        ) from error
+    return encoded
+
+
+def _dump_json(value: Any, place: str) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UnencodableValue(type(value).__name__, place, f"JSON has no form for it ({error})") from error
+
+
+def _dump_fault_tlv(fault: Fault) -> bytes:
+    name = fault["error_type"]
+    return _dump_tlv({**fault, "error_type": _STOCK_TYPES.get(name, name)}, "error")
+
+
+CODECS = {
+    wire.CODEC_MSGPACK: Codec(values.loads_call, values.dumps, values.dumps),
+    dialects.CODEC_TLV: Codec(_load_tlv, _dump_tlv, _dump_fault_tlv),
+    dialects.CODEC_JSON: Codec(_load_json, _dump_json, lambda fault: _dump_json(fault, "error")),
+}
+"""By the number in a request's envelope."""
