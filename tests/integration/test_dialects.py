@@ -122,7 +122,9 @@ def test_stock_stash_client(path: str) -> None:
         assert stash.keys("t") == []
         with pytest.raises(StashTableNotFoundError):
             stash.info("nope")
-        assert stash.delete_table("t") and stash.delete_table("u") and stash.tables() == []
+        stash.delete_table("t")
+        stash.delete_table("u")
+        assert stash.tables() == []
 
 
 def test_a_full_stash_says_so(path: str) -> None:
@@ -130,9 +132,9 @@ def test_a_full_stash_says_so(path: str) -> None:
         with pytest.raises(StashError, match="stash_size"):
             for number in range(9):
                 stash.put("t", f"k{number}", b"x" * (8 << 20))
-        assert stash.delete_table("t")
+        stash.delete_table("t")
         stash.put("t", "k", b"x")
-        assert stash.delete_table("t")
+        stash.delete_table("t")
 
 
 def _ask(sock: socket.socket, message: dict[str, Any]) -> None:
@@ -186,7 +188,7 @@ def _control_path(server: Gunicorn) -> str:
 def test_gunicornc_shows_and_resizes(server: Gunicorn) -> None:
     text = _gunicornc(server, "show", "all")
     assert str(server.dirty_worker_pids()[0]) in text
-    assert "tasks:Echo" in text
+    assert "Echo" in text
     _gunicornc(server, "dirty", "add", "1")
     wait_until(lambda: len(server.dirty_worker_pids()) == 2, 10, "a second dirty worker")
     _gunicornc(server, "dirty", "remove", "1")
