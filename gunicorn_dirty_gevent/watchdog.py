@@ -21,7 +21,7 @@ from typing import Any
 
 import gevent
 
-from .task import Task
+from .task import Runner, Task
 
 INTERVAL = 0.25
 """Seconds between two looks. Four signals a second cost nothing that can be measured, and none come
@@ -67,9 +67,10 @@ class Watchdog:
             if not self._busy():
                 self.disarm()
             return
-        task = gevent.getcurrent()
-        if not isinstance(task, Task):
+        runner = gevent.getcurrent()
+        if not isinstance(runner, Runner) or runner.task is None:
             return
+        task = runner.task
         blocked = now - self._since
         if blocked >= self._blocked_after and not self._named:
             self._named = True

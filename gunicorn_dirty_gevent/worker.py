@@ -6,6 +6,7 @@ import _socket
 import os
 import signal
 import time
+import weakref
 from collections import deque
 from typing import Any
 
@@ -21,7 +22,7 @@ from .core.dispatch import AppTraits
 from .core.faults import Fault
 from .core.wire import Frame
 from .link import Link
-from .task import Task
+from .task import Runner, Task
 from .watchdog import Watchdog
 
 CLOSE_TIME = 1.0
@@ -51,6 +52,8 @@ class DirtyWorker:
         self.max_message = max_message
         self.failed: dict[str, Fault] = {}
         self._tasks: dict[int, Task] = {}
+        self._runners: weakref.WeakSet[Runner] = weakref.WeakSet()
+        self._spare: Runner | None = None
         self._link: Link | None = None
         self._signals: deque[int] = deque()
         self._wake: Event | None = None
@@ -151,7 +154,7 @@ class DirtyWorker:
 
     def _close_apps(self) -> None:
         if self._tasks:
-            gevent.killall(list(self._tasks.values()), block=True, timeout=CLOSE_TIME)
+            gevent.killall(list(self._runners), block=True, timeout=CLOSE_TIME)
         for path, app in self.apps.items():
             try:
                 app.close()
@@ -207,7 +210,7 @@ class DirtyWorker:
                 task = Task(self, call_id, wire.unpack_request(payload))
                 self._tasks[call_id] = task
                 self._watchdog.arm()
-                task.start()
+                self._run_task(task)
             elif kind == wire.CANCEL:
                 if call_id in self._tasks:
                     self._tasks[call_id].cancel()
@@ -219,6 +222,13 @@ class DirtyWorker:
                 self._wake_up()
             else:
                 raise wire.WireError(f"the arbiter sent a frame of kind {kind:#x}")
+
+    def _run_task(self, task: Task) -> None:
+        runner, self._spare = self._spare or Runner(), None
+        self._runners.add(runner)
+        runner.give(task)
+        if runner.spare:
+            self._spare = runner
 
     def _on_close(self, link: Link, reason: str) -> None:
         """The arbiter is gone: nobody is left to answer."""

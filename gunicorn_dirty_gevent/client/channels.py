@@ -9,10 +9,13 @@ it, or with the process.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from typing import Any, Protocol
+
+from gevent import get_hub
+from gevent._hub_local import get_hub_if_exists
+from gevent.monkey import is_module_patched
 
 from ..core.mux import Call
 
@@ -57,16 +60,22 @@ _channels: dict[tuple[str, int], _Shared] = {}
 _hubs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 _hub_count = 0
+_epoch = object()
 
 
 def get(client: Any) -> Channel:
     """The channel for a client, in this process and hub."""
+    found = client._found
+    if found is not None and found[0] is _epoch and found[1] is get_hub_if_exists():
+        channel: Channel = found[2]
+        return channel
     hub = _cooperative_hub()
     key = (client.socket_path, 0 if hub is None else _number(hub))
     shared = _channels.get(key)
     if shared is None:
         shared = _make(key, hub)
     shared.handles.add(client)
+    client._found = (_epoch, hub, shared.channel)
     return shared.channel
 
 
@@ -77,6 +86,7 @@ def release(client: Any) -> None:
             shared.handles.discard(client)
             if not shared.handles:
                 _channels.pop(key, None)
+                _forget()
                 shared.channel.close()
 
 
@@ -102,16 +112,16 @@ def _cooperative_hub() -> Any:
 
     gevent is used where it has patched the sockets, and in threads that already run a hub.
     """
-    if "gevent" not in sys.modules:
-        return None
-    from gevent import get_hub
-    from gevent._hub_local import get_hub_if_exists
-    from gevent.monkey import is_module_patched
-
     hub = get_hub_if_exists()
     if hub is None and is_module_patched("socket"):
         hub = get_hub()
     return hub
+
+
+def _forget() -> None:
+    """What clients have found no longer holds."""
+    global _epoch
+    _epoch = object()
 
 
 def _number(hub: Any) -> int:
@@ -133,6 +143,7 @@ def _after_fork_in_child() -> None:
     for shared in _channels.values():
         shared.channel.abandon()
     _channels.clear()
+    _forget()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

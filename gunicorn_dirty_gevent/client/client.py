@@ -33,6 +33,7 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
         super().__init__(socket_path, timeout)
         self.timeout = checked_time("timeout", timeout)
         self.idle_timeout: float | None = None
+        self._found: Any = None  # kept by `channels`
 
     def options(self, **options: float | None) -> DirtyClient:
         """A client like this one with other settings, for one call or to keep::

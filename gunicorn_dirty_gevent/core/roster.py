@@ -271,7 +271,7 @@ class Roster:
         return [self._retire(member, "reload") for member in booting]
 
     def _retire_surplus(self) -> list[Action]:
-        current = self._current()
+        current, kept = self._current(), self._kept()
         ready = [member for member in current if member.phase is Phase.READY]
         actions: list[Action] = []
         if ready and len(ready) == len(current) and not self._wants_more():
@@ -282,7 +282,11 @@ class Roster:
         # Those to be replaced go first, then those with the fewest apps: as the first worker has
         # every app, no app loses its last worker. Among equals the oldest (gunicorn's choice).
         ready.sort(key=lambda member: (not member.replace, len(member.apps), member.key))
-        for member in ready[: max(0, len(ready) - self.size)]:
+        surplus = max(0, len(ready) - self.size)
+        if kept and all(member in ready for member in kept) and not self._wants_more():
+            # Also where the apps' limits leave the pool smaller than it may be.
+            surplus = max(surplus, len(ready) - len(kept))
+        for member in ready[:surplus]:
             actions.append(self._retire(member, member.replace or "fewer workers"))
         return actions
 

@@ -103,7 +103,7 @@ def loads(data: bytes | memoryview) -> Any:
     """
     reader = _Reader()
     try:
-        return unpackb(data, ext_hook=reader.hook)
+        return _unpack(data, ext_hook=reader.hook)
     except Exception as exc:
         # ormsgpack swallows what its hook raised, a KeyboardInterrupt included.
         cause = reader.failure or exc
@@ -451,9 +451,9 @@ class _Reader:
         self.depth += 1
         if self.depth > _FREE_DEPTH:
             limit = MAX_DEPTH + 1 - self.depth
-            if limit < 1 or (len(data) > limit and _deeper(data, limit)):
+            if limit < 1 or (len(data) > limit and _unsafe(data, limit)):
                 raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        items = unpackb(data, ext_hook=self.hook)
+        items = _unpack(data, ext_hook=self.hook)
         self.depth -= 1
         if type(items) is not list:
             raise ValueError("a container without items")
@@ -474,15 +474,16 @@ class _Reader:
         return made
 
 
-def _deeper(data: bytes, limit: int) -> bool:
-    """Whether lists and dicts in `data` nest deeper than `limit`, found without recursion."""
-    open_, at, end = [1], 0, len(data)
+def _unsafe(data: bytes, limit: int) -> bool:
+    """Whether `data` nests deeper than `limit` or announces more than it has, without recursion."""
+    open_, at, end, need = [1], 0, len(data), 1
     while at < end:
         while open_ and not open_[-1]:
             open_.pop()
         if not open_:
             return False
         open_[-1] -= 1
+        need -= 1
         head = data[at]
         at += 1
         if head < 0x80 or head >= 0xE0:
@@ -499,9 +500,22 @@ def _deeper(data: bytes, limit: int) -> bool:
             at += size
         elif size:
             open_.append(size * each)
-            if len(open_) - 1 > limit:
+            need += size * each
+            if len(open_) - 1 > limit or need > end - at:
                 return True
     return False
+
+
+def _checked(data: bytes | memoryview, *, ext_hook: Callable[[int, bytes], Any] | None = None) -> Any:
+    data = bytes(data)
+    if (0xDC in data or 0xDD in data) and _unsafe(data, 1023):
+        raise ValueError("more announced than there is")
+    return unpackb(data, ext_hook=ext_hook)
+
+
+# Until 1.13.0, ormsgpack makes room for as many items as a list announces, and crashes if it cannot.
+_OLD = ormsgpack.__version__.startswith(("1.10.", "1.11.", "1.12.", "1.13.0"))
+_unpack: Callable[..., Any] = _checked if _OLD else unpackb
 
 
 # MessagePack heads 0xC0 to 0xDF: how many bytes of length follow, and how many more besides.
@@ -510,7 +524,7 @@ _EXTRA = bytes.fromhex("00000000 000000 010101 0408 01020408 01020408 0203050911
 
 
 def _fields(data: bytes) -> list[Any]:
-    fields = unpackb(data)
+    fields = _unpack(data)
     if type(fields) is not list:
         raise ValueError("fields that are no list")
     return fields
