@@ -84,6 +84,7 @@ class DirtyWorker:
             self._serve()
         finally:
             self._close_apps()
+            self._flush()
             self.log.info("Dirty worker exiting (pid: %s)", self.pid)
         if not self.booted:
             raise SystemExit(process.EXIT_ERROR)
@@ -142,7 +143,6 @@ class DirtyWorker:
             self._wake.wait()
             self._wake.clear()
             self._handle_signals()
-        self._flush()
 
     def _flush(self) -> None:
         """Give the last answers to the kernel; the arbiter reads them after we have gone."""
