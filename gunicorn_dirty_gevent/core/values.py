@@ -508,12 +508,12 @@ def _unsafe(data: bytes, limit: int) -> bool:
 
 def _checked(data: bytes | memoryview, *, ext_hook: Callable[[int, bytes], Any] | None = None) -> Any:
     data = bytes(data)
-    if (0xDC in data or 0xDD in data) and _unsafe(data, 1023):
+    if any(head in data for head in b"\xdc\xdd\xde\xdf") and _unsafe(data, 1023):
         raise ValueError("more announced than there is")
     return unpackb(data, ext_hook=ext_hook)
 
 
-# Until 1.13.0, ormsgpack makes room for as many items as a list announces, and crashes if it cannot.
+# Until 1.13.0, ormsgpack makes room for all the items a list or dict announces, and crashes if it cannot.
 _OLD = ormsgpack.__version__.startswith(("1.10.", "1.11.", "1.12.", "1.13.0"))
 _unpack: Callable[..., Any] = _checked if _OLD else unpackb
 

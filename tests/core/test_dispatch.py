@@ -1,0 +1,817 @@
+"""What `core.dispatch` promises, as tables: at `now`, on this event, exactly these actions."""
+
+import math
+import sys
+
+import pytest
+
+from gunicorn_dirty_gevent.core import faults, wire
+from gunicorn_dirty_gevent.core.deadlines import SLICE
+from gunicorn_dirty_gevent.core.dispatch import (
+    KILL_GRACE,
+    REPLY_GRACE,
+    ActionTraits,
+    AppTraits,
+    Assign,
+    Dispatcher,
+    Forward,
+    Kill,
+    Limits,
+    Refuse,
+    Reply,
+)
+
+LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
+PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})
+TIMELESS = ("app_failed", "worker_draining", "stop")
+CREDIT_1 = wire.pack_credit(0, 1)[wire.HEADER_SIZE :]
+
+
+def request(app="a", action="go", budget=10.0, body=b"", flags=0):
+    return wire.unpack_request(wire.pack_envelope(wire.pack_names(app, action), budget, flags) + body)
+
+
+def ready(*apps, slots=1, traits=PLAIN):
+    """The arguments of `worker_ready` after the worker's key."""
+    return 1000, dict.fromkeys(apps or ("a",), traits), slots
+
+
+def show(action):
+    """One action as a short line."""
+    if isinstance(action, Assign):
+        return f"assign w{action.worker}#{action.call_id} {action.request.action} {action.budget:g}"
+    if isinstance(action, Reply):
+        return f"reply {action.client}#{action.call_id} {wire.Kind(action.kind).name}"
+    if isinstance(action, Forward):
+        return f"forward w{action.worker}#{action.call_id} {wire.Kind(action.kind).name}"
+    if isinstance(action, Refuse):
+        ran = "ran?" if action.fault["details"]["may_have_run"] else "not run"
+        return f"refuse {action.client}#{action.call_id} {action.fault['error_type']} {ran}"
+    assert isinstance(action, Kill)
+    return f"kill w{action.worker}"
+
+
+def do(dispatcher, now, event):
+    method, *arguments = event
+    if method not in TIMELESS:
+        arguments.append(now)
+    return getattr(dispatcher, method)(*arguments) or []
+
+
+def play(table, apps=("a", "b"), limits=LIMITS):
+    """Run a table of (now, event, expected lines); returns the dispatcher and the last actions."""
+    dispatcher, actions = Dispatcher(apps, limits), []
+    for number, (now, event, expected) in enumerate(table):
+        actions = do(dispatcher, now, event)
+        assert [show(action) for action in actions] == expected, f"row {number}: {event}"
+    return dispatcher, actions
+
+
+def is_empty(dispatcher):
+    assert not any(dispatcher._clients.values())
+    assert not any(len(queue) or queue.bytes for queue in dispatcher._queues.values())
+    assert not any(worker.running for worker in dispatcher._workers.values())
+    assert len(dispatcher._deadlines) == 0
+    assert dispatcher.next_deadline() is None
+    return dispatcher.idle and dispatcher.queued == dispatcher.running == 0
+
+
+def submit(number, **what):
+    return ("submit", "c", number, request(**what))
+
+
+def answer(worker, number, kind=wire.RESPONSE, payload=b"ok"):
+    return ("frame_from_worker", worker, kind, number, payload)
+
+
+W1 = (0.0, ("worker_ready", 1, *ready("a")), [])
+W1_IDEMPOTENT = [W1, (0.0, submit(1, action="safe"), ["assign w1#1 safe 10"])]
+RUNS = [W1, (0.0, submit(1), ["assign w1#1 go 10"])]
+
+
+# Where calls go.
+
+
+def test_a_call_and_its_answer():
+    dispatcher, (reply,) = play([*RUNS, (2.0, answer(1, 1, payload=b"value"), ["reply c#1 RESPONSE"])])
+    assert reply.payload == b"value"
+    assert is_empty(dispatcher)
+
+
+@pytest.mark.parametrize("kind", [wire.RESPONSE, wire.ERROR, wire.END])
+def test_each_last_frame_ends_a_call(kind):
+    name = wire.Kind(kind).name
+    dispatcher, _ = play([*RUNS, (1.0, answer(1, 1, kind), [f"reply c#1 {name}"])])
+    assert is_empty(dispatcher)
+
+
+def test_the_budget_that_is_left_travels_on():
+    play(
+        [
+            (5.0, submit(1, budget=8.0), []),
+            (5.0, submit(2, budget=math.inf), []),
+            (7.5, ("worker_ready", 1, *ready(slots=2)), ["assign w1#1 go 5.5", "assign w1#2 go inf"]),
+        ]
+    )
+
+
+def test_the_least_loaded_worker_gets_the_call():
+    play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=3)), []),
+            (0.0, submit(1), ["assign w1#1 go 10"]),
+            (0.0, submit(2), ["assign w1#2 go 10"]),
+            (0.0, ("worker_ready", 2, *ready(slots=3)), []),
+            (0.0, submit(3), ["assign w2#1 go 10"]),
+            (0.0, submit(4), ["assign w2#2 go 10"]),
+            (0.0, answer(1, 1), ["reply c#1 RESPONSE"]),
+            (0.0, submit(5), ["assign w1#3 go 10"]),
+        ]
+    )
+
+
+def test_equally_loaded_workers_take_turns():
+    dispatcher = Dispatcher(["a"], LIMITS)
+    for worker in (1, 2, 3):
+        dispatcher.worker_ready(worker, *ready(slots=5), 0.0)
+    order = []
+    for number in range(9):  # one call at a time
+        (assign,) = dispatcher.submit("c", number, request(), 0.0)
+        order.append(assign.worker)
+        dispatcher.frame_from_worker(assign.worker, wire.RESPONSE, assign.call_id, b"", 0.0)
+    assert order == [1, 2, 3] * 3
+
+
+def test_only_workers_that_have_the_app():
+    play(
+        [
+            (0.0, ("worker_ready", 1, *ready("a", slots=5)), []),
+            (0.0, ("worker_ready", 2, *ready("b", slots=5)), []),
+            (0.0, submit(1, app="b"), ["assign w2#1 go 10"]),
+            (0.0, submit(2, app="b"), ["assign w2#2 go 10"]),
+            (0.0, submit(3, app="a"), ["assign w1#1 go 10"]),
+        ]
+    )
+
+
+def test_slots_are_never_exceeded_and_calls_wait_in_order():
+    play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=2)), []),
+            (0.0, submit(1), ["assign w1#1 go 10"]),
+            (0.0, submit(2), ["assign w1#2 go 10"]),
+            (1.0, submit(3), []),
+            (1.0, submit(4), []),
+            (1.0, submit(5), []),
+            (2.0, answer(1, 2), ["reply c#2 RESPONSE", "assign w1#3 go 9"]),
+            (2.0, answer(1, 3), ["reply c#3 RESPONSE", "assign w1#4 go 9"]),
+            (2.0, answer(1, 1), ["reply c#1 RESPONSE", "assign w1#5 go 9"]),
+        ]
+    )
+
+
+def test_a_worker_takes_the_oldest_call_of_all_its_apps():
+    play(
+        [
+            (0.0, submit(1, app="b"), []),
+            (1.0, submit(2, app="a"), []),
+            (2.0, submit(3, app="b"), []),
+            (3.0, ("worker_ready", 1, *ready("a", "b")), ["assign w1#1 go 7"]),
+            (3.0, answer(1, 1), ["reply c#1 RESPONSE", "assign w1#2 go 8"]),
+            (3.0, answer(1, 2), ["reply c#2 RESPONSE", "assign w1#3 go 9"]),
+        ]
+    )
+
+
+def test_a_slow_app_does_not_block_another():
+    play(
+        [
+            (0.0, ("worker_ready", 1, *ready("a")), []),
+            (0.0, ("worker_ready", 2, *ready("b")), []),
+            (0.0, submit(1, app="a"), ["assign w1#1 go 10"]),
+            (0.0, submit(2, app="a"), []),
+            (0.0, submit(3, app="b"), ["assign w2#1 go 10"]),
+        ]
+    )
+
+
+def test_a_draining_worker_gets_nothing_new():
+    play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (0.0, ("worker_draining", 1), []),
+            (0.0, ("worker_draining", 99), []),
+            (1.0, answer(1, 1), ["reply c#1 RESPONSE"]),
+            (1.0, submit(3), []),
+            (2.0, ("worker_ready", 2, *ready(slots=5)), ["assign w2#1 go 8", "assign w2#2 go 9"]),
+        ]
+    )
+
+
+# Refusals.
+
+
+def test_an_app_that_nobody_configured():
+    dispatcher, (refuse,) = play(
+        [W1, (0.0, submit(1, app="x:Y"), ["refuse c#1 DirtyAppNotFoundError not run"])]
+    )
+    assert "x:Y" in refuse.fault["message"] and "a, b" in refuse.fault["message"]
+    assert is_empty(dispatcher)
+
+
+@pytest.mark.parametrize("app", ["a", "x:Y"])
+def test_an_id_in_use_breaks_the_link_and_answers_nothing(app):
+    dispatcher, _ = play(RUNS)
+    with pytest.raises(wire.WireError, match="1 is already in use"):
+        dispatcher.submit("c", 1, request(app), 0.0)
+    assert dispatcher.submit("other client", 1, request(), 0.0) == []
+
+
+def test_an_id_may_be_used_again_after_its_call():
+    play(
+        [*RUNS, (0.0, answer(1, 1), ["reply c#1 RESPONSE"]), (0.0, submit(1), ["assign w1#2 go 10"])]
+    )
+
+
+def test_a_full_queue():
+    limits = LIMITS._replace(queue_calls=2)
+    dispatcher, (refuse,) = play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (0.0, submit(3), []),
+            (0.0, submit(4), ["refuse c#4 DirtyOverloadedError not run"]),
+            (0.0, submit(5, app="b"), []),  # another queue
+            (0.0, ("cancel", "c", 3), []),
+            (0.0, submit(6), []),
+            (0.0, submit(7), ["refuse c#7 DirtyOverloadedError not run"]),
+        ],
+        limits=limits,
+    )
+    assert "full with 2 calls (queue_size)" in refuse.fault["message"]
+    assert dispatcher.queued == 3
+
+
+def test_bytes_of_a_queue():
+    size = len(request(body=b"x" * 500).payload)
+    limits = LIMITS._replace(queue_bytes=2 * size)
+    big = {"body": b"x" * 500}
+    _, (refuse,) = play(
+        [
+            *RUNS,
+            (0.0, submit(2, body=b"x" * 5000), []),  # too large alone, but it must be able to wait
+            (0.0, submit(3), ["refuse c#3 DirtyOverloadedError not run"]),
+            (0.0, ("cancel", "c", 2), []),
+            (0.0, submit(4, **big), []),
+            (0.0, submit(5, **big), []),
+            (0.0, submit(6), ["refuse c#6 DirtyOverloadedError not run"]),
+            (1.0, answer(1, 1), ["reply c#1 RESPONSE", "assign w1#2 go 9"]),
+            (1.0, submit(7, **big), []),
+            (1.0, submit(8), ["refuse c#8 DirtyOverloadedError not run"]),
+        ],
+        limits=limits,
+    )
+    assert f"holds {2 * size} bytes of requests (queue_bytes)" in refuse.fault["message"]
+
+
+def test_calls_per_client():
+    limits = LIMITS._replace(calls_per_client=2)
+    _, (refuse,) = play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (0.0, submit(3), ["refuse c#3 DirtyOverloadedError not run"]),
+            (0.0, ("submit", "d", 3, request()), []),
+            (0.0, ("cancel", "c", 2), []),
+            (0.0, submit(4), []),
+            (0.0, submit(5), ["refuse c#5 DirtyOverloadedError not run"]),
+        ],
+        limits=limits,
+    )
+    assert "2 calls in flight (calls_per_client)" in refuse.fault["message"]
+
+
+# Apps that fail to load.
+
+BROKEN = faults.fault("DirtyAppError", "no such model file", may_have_run=False)
+
+
+def test_calls_get_the_apps_own_error_until_a_worker_has_it():
+    dispatcher, _ = play(
+        [
+            (0.0, submit(1), []),
+            (0.0, submit(2, app="b"), []),
+            (0.0, submit(3), []),
+            (
+                1.0,
+                ("app_failed", "a", BROKEN),
+                ["refuse c#1 DirtyAppError not run", "refuse c#3 DirtyAppError not run"],
+            ),
+            (1.0, submit(4), ["refuse c#4 DirtyAppError not run"]),
+            (2.0, ("worker_ready", 1, *ready("b")), ["assign w1#1 go 8"]),
+            (2.0, submit(5), ["refuse c#5 DirtyAppError not run"]),
+            (3.0, ("worker_ready", 2, *ready("a")), []),
+            (3.0, submit(6), ["assign w2#1 go 10"]),
+            (3.0, submit(7), []),  # busy is not broken
+        ]
+    )
+    assert dispatcher.queued == 1
+
+
+def test_the_error_is_the_apps_own():
+    _, (refuse,) = play(
+        [
+            (0.0, ("app_failed", "a", BROKEN), []),
+            (0.0, submit(1), ["refuse c#1 DirtyAppError not run"]),
+        ]
+    )
+    assert refuse.fault is BROKEN
+
+
+def test_one_workers_failure_is_no_error_while_another_has_the_app():
+    """And it is forgotten: when that one ends, calls wait for its replacement."""
+    play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (0.0, ("app_failed", "a", BROKEN), []),
+            (1.0, submit(3), []),
+            (2.0, ("worker_lost", 1, "died"), ["refuse c#1 DirtyWorkerDiedError ran?"]),
+            (2.0, submit(4), []),
+            (
+                3.0,
+                ("worker_ready", 2, *ready(slots=3)),
+                ["assign w2#1 go 7", "assign w2#2 go 8", "assign w2#3 go 9"],
+            ),
+        ]
+    )
+
+
+def test_a_worker_that_drains_does_not_count_as_having_the_app():
+    play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (0.0, ("worker_draining", 1), []),
+            (1.0, ("app_failed", "a", BROKEN), ["refuse c#2 DirtyAppError not run"]),
+            (1.0, submit(3), ["refuse c#3 DirtyAppError not run"]),
+            (2.0, answer(1, 1), ["reply c#1 RESPONSE"]),
+        ]
+    )
+
+
+# Deadlines.
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [
+        ([], "no dirty worker was ready with this app"),
+        ([(0.0, ("worker_ready", 1, *ready("b")), [])], "no dirty worker was ready with this app"),
+        (
+            [
+                (0.0, ("worker_ready", 1, *ready()), []),
+                (0.0, ("worker_ready", 2, *ready()), []),
+                (0.0, ("submit", "x", 1, request(budget=99.0)), ["assign w1#1 go 99"]),
+                (0.0, ("submit", "x", 2, request(budget=99.0)), ["assign w2#1 go 99"]),
+            ],
+            "all 2 slots of 2 workers were busy",
+        ),
+    ],
+)
+def test_a_deadline_in_the_queue_says_why(before, why):
+    dispatcher, _ = play([*before, (0.0, submit(1, budget=3.0), []), (2.99, ("tick",), [])])
+    when = dispatcher.next_deadline()
+    assert 3.0 <= when < 3.0 + SLICE
+    (refuse,) = dispatcher.tick(when)
+    assert show(refuse) == "refuse c#1 DirtyTimeoutError not run"
+    assert why in refuse.fault["message"]
+    assert dispatcher.queued == 0 and not dispatcher._clients["c"]
+
+
+def test_a_call_whose_time_is_over_is_not_started():
+    """Not on arrival, and not when a slot falls free before the clock has been looked at."""
+    dispatcher, _ = play(
+        [
+            W1,
+            (0.0, submit(1, budget=0.0), ["refuse c#1 DirtyTimeoutError not run"]),
+            (0.0, submit(2, budget=-1e308), ["refuse c#2 DirtyTimeoutError not run"]),
+            (0.0, submit(3), ["assign w1#1 go 10"]),
+            (0.0, submit(4, budget=2.0), []),
+            (0.0, submit(5, budget=3.0), []),
+            (0.0, submit(6, budget=9.0), []),
+            (
+                3.0,
+                answer(1, 1),
+                [
+                    "reply c#3 RESPONSE",
+                    "refuse c#4 DirtyTimeoutError not run",
+                    "refuse c#5 DirtyTimeoutError not run",
+                    "assign w1#2 go 6",
+                ],
+            ),
+            (4.0, answer(1, 2), ["reply c#6 RESPONSE"]),
+        ]
+    )
+    assert is_empty(dispatcher)
+
+
+@pytest.mark.parametrize("budget", [math.inf, 1e308])
+def test_no_deadline(budget):
+    dispatcher, _ = play([(0.0, submit(1, budget=budget), []), (1e9, ("tick",), [])])
+    assert dispatcher.next_deadline() is None and dispatcher.queued == 1
+
+
+def test_a_running_call_past_its_deadline_is_answered_after_a_grace_and_cancelled():
+    late = 10.0 + REPLY_GRACE
+    dispatcher, _ = play(
+        [
+            *RUNS,
+            (0.0, submit(2, budget=99.0), []),
+            (10.0, ("tick",), []),
+            (late - 0.01, ("tick",), []),
+            (late + SLICE, ("tick",), ["refuse c#1 DirtyTimeoutError ran?", "forward w1#1 CANCEL"]),
+            # The slot is still taken: the action may be in its `finally`.
+            (late + 1, submit(3), []),
+            (late + 2, answer(1, 1, wire.CHUNK), []),
+            (late + 2, answer(1, 1), ["assign w1#2 go 86.75"]),
+        ],
+    )
+    assert dispatcher.late_frames == 1  # the chunk; the last frame was waited for
+
+
+def test_the_workers_own_word_in_the_grace_counts():
+    dispatcher, _ = play(
+        [
+            *RUNS,
+            (10.0 + REPLY_GRACE / 2, answer(1, 1, wire.ERROR), ["reply c#1 ERROR"]),
+            (99.0, ("tick",), []),
+        ]
+    )
+    assert is_empty(dispatcher)
+
+
+STUCK = 30.0 + KILL_GRACE
+
+
+def test_a_stuck_worker_is_killed_after_a_grace_and_gets_nothing_new():
+    dispatcher, (refuse, kill) = play(
+        [
+            W1,
+            (0.0, submit(1, budget=math.inf), ["assign w1#1 go inf"]),
+            (STUCK - 0.01, ("tick",), []),
+            (STUCK + SLICE, ("tick",), ["refuse c#1 DirtyTimeoutError ran?", "kill w1"]),
+        ]
+    )
+    assert "a.go ran past its limit of 30 s" in kill.why
+    assert refuse.fault["details"]["worker_id"] == 1000
+    assert do(dispatcher, STUCK + 1, submit(2)) == []
+    assert do(dispatcher, STUCK + 2, ("worker_lost", 1, "was killed")) == []
+    assert dispatcher.late_frames == 0
+    do(dispatcher, STUCK + 2, ("cancel", "c", 2))
+    assert is_empty(dispatcher)
+
+
+def test_a_cancelled_call_that_does_not_end_is_stuck_too():
+    play(
+        [
+            *RUNS,
+            (1.0, ("cancel", "c", 1), ["forward w1#1 CANCEL"]),
+            (STUCK - 0.01, ("tick",), []),
+            (STUCK + SLICE, ("tick",), ["kill w1"]),
+        ]
+    )
+
+
+def test_each_actions_own_limit_counts():
+    traits = AppTraits(ActionTraits(30.0), {"quick": ActionTraits(2.0), "slow": ActionTraits(math.inf)})
+    dispatcher, _ = play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=9, traits=traits)), []),
+            (0.0, submit(1, action="slow", budget=math.inf), ["assign w1#1 slow inf"]),
+            (1e6, ("tick",), []),
+            (1e6, submit(2, action="quick", budget=math.inf), ["assign w1#2 quick inf"]),
+            (1e6 + 2 + KILL_GRACE - 0.01, ("tick",), []),
+            (1e6 + 2 + KILL_GRACE, ("tick",), ["refuse c#2 DirtyTimeoutError ran?", "kill w1"]),
+        ]
+    )
+    assert "c" in dispatcher._clients
+
+
+# Streams.
+
+STREAM = {"flags": wire.FLAG_STREAM, "budget": math.inf}
+STREAMS = [W1, (0.0, submit(1, **STREAM), ["assign w1#1 go inf"])]
+CHUNK = answer(1, 1, wire.CHUNK, b"x" * wire.STREAM_WINDOW)  # takes the whole window
+CREDIT = wire.pack_credit(0, wire.STREAM_WINDOW)[wire.HEADER_SIZE :]
+
+
+def test_chunks_and_credits_are_passed_on_untouched():
+    dispatcher, _ = play(STREAMS)
+    chunk = do(dispatcher, 1.0, answer(1, 1, wire.CHUNK, b"one"))
+    assert chunk == [Reply("c", wire.CHUNK, 1, b"one")]
+    credit = do(dispatcher, 1.0, ("credit", "c", 1, CREDIT_1))
+    assert credit == [Forward(1, wire.CREDIT, 1, CREDIT_1)]
+    assert do(dispatcher, 2.0, answer(1, 1, wire.END, b"")) == [Reply("c", wire.END, 1, b"")]
+    assert do(dispatcher, 2.0, ("credit", "c", 1, CREDIT_1)) == []  # crossed the end
+    assert is_empty(dispatcher)
+
+
+def test_credit_for_a_call_that_waits_goes_nowhere():
+    play([(0.0, submit(1, **STREAM), []), (0.0, ("credit", "c", 1, CREDIT_1), [])])
+
+
+def test_broken_credit():
+    dispatcher, _ = play(STREAMS)
+    with pytest.raises(wire.WireError):
+        dispatcher.credit("c", 1, b"\0", 0.0)
+
+
+def test_a_streams_limit_counts_from_its_last_chunk():
+    small = answer(1, 1, wire.CHUNK, b"x")
+    play(
+        [
+            *STREAMS,
+            (20.0, small, ["reply c#1 CHUNK"]),
+            (STUCK + SLICE, ("tick",), []),
+            (45.0, small, ["reply c#1 CHUNK"]),
+            (20.0 + STUCK + SLICE, ("tick",), []),
+            (45.0 + STUCK - 0.01, ("tick",), []),
+            (45.0 + STUCK + SLICE, ("tick",), ["refuse c#1 DirtyTimeoutError ran?", "kill w1"]),
+        ]
+    )
+
+
+def test_a_stream_whose_reader_pauses_is_not_stuck():
+    dispatcher, _ = play([*STREAMS, (1.0, CHUNK, ["reply c#1 CHUNK"]), (1e6, ("tick",), [])])
+    assert dispatcher.next_deadline() is None
+    # The reader goes on: from here the action has its time again.
+    assert len(do(dispatcher, 1e6, ("credit", "c", 1, CREDIT))) == 1
+    assert do(dispatcher, 1e6 + STUCK - 0.01, ("tick",)) == []
+    actions = do(dispatcher, 1e6 + STUCK + SLICE, ("tick",))
+    assert [show(a) for a in actions] == ["refuse c#1 DirtyTimeoutError ran?", "kill w1"]
+
+
+def test_too_little_credit_leaves_it_paused():
+    dispatcher, _ = play([*STREAMS, (1.0, CHUNK, ["reply c#1 CHUNK"]), (1.0, CHUNK, ["reply c#1 CHUNK"])])
+    assert len(do(dispatcher, 2.0, ("credit", "c", 1, CREDIT))) == 1
+    assert do(dispatcher, 1e6, ("tick",)) == []
+
+
+def test_the_callers_deadline_holds_for_a_paused_stream():
+    play(
+        [
+            W1,
+            (0.0, submit(1, flags=wire.FLAG_STREAM, budget=50.0), ["assign w1#1 go 50"]),
+            (1.0, CHUNK, ["reply c#1 CHUNK"]),
+            (50.0 + REPLY_GRACE - 0.01, ("tick",), []),
+            (
+                50.0 + REPLY_GRACE + SLICE,
+                ("tick",),
+                ["refuse c#1 DirtyTimeoutError ran?", "forward w1#1 CANCEL"],
+            ),
+        ]
+    )
+
+
+def test_a_paused_stream_that_is_cancelled_has_its_whole_time_to_end():
+    play(
+        [
+            *STREAMS,
+            (1.0, CHUNK, ["reply c#1 CHUNK"]),
+            (500.0, ("cancel", "c", 1), ["forward w1#1 CANCEL"]),
+            (500.0 + STUCK - 0.01, ("tick",), []),
+            (500.0 + STUCK + SLICE, ("tick",), ["kill w1"]),
+        ]
+    )
+
+
+def test_chunks_of_an_abandoned_stream_give_it_no_more_time():
+    small = answer(1, 1, wire.CHUNK, b"x")
+    play(
+        [
+            *STREAMS,
+            (1.0, ("cancel", "c", 1), ["forward w1#1 CANCEL"]),
+            *[(second, small, []) for second in range(2, 30)],
+            (STUCK + SLICE, ("tick",), ["kill w1"]),
+        ]
+    )
+
+
+# Callers that go away.
+
+
+def test_cancel_in_the_queue_forgets_the_call():
+    dispatcher, _ = play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (0.0, submit(3), []),
+            (0.0, ("cancel", "c", 2), []),
+            (0.0, ("cancel", "c", 2), []),
+            (1.0, answer(1, 1), ["reply c#1 RESPONSE", "assign w1#2 go 9"]),
+            (1.0, answer(1, 2), ["reply c#3 RESPONSE"]),
+        ]
+    )
+    assert is_empty(dispatcher)
+
+
+def test_cancel_of_a_running_call_keeps_its_slot_until_it_has_ended():
+    dispatcher, _ = play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (1.0, ("cancel", "c", 1), ["forward w1#1 CANCEL"]),
+            (1.0, ("cancel", "c", 1), []),
+            (1.0, answer(1, 1, wire.CHUNK), []),
+            (2.0, answer(1, 1, wire.END), ["assign w1#2 go 8"]),
+            (2.0, answer(1, 1, wire.END), []),
+            (2.0, answer(1, 7), []),
+            (2.0, answer(55, 1), []),
+        ]
+    )
+    assert dispatcher.late_frames == 4
+
+
+def test_cancel_of_nothing():
+    play([(0.0, ("cancel", "c", 1), []), (0.0, ("client_lost", "c"), [])])
+
+
+def test_a_lost_client_loses_its_calls_and_no_other():
+    dispatcher, _ = play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=2)), []),
+            (0.0, submit(1), ["assign w1#1 go 10"]),
+            (0.0, ("submit", "d", 1, request()), ["assign w1#2 go 10"]),
+            (0.0, submit(2), []),
+            (0.0, ("submit", "d", 2, request()), []),
+            (1.0, ("client_lost", "c"), ["forward w1#1 CANCEL"]),
+            (1.0, answer(1, 1), ["assign w1#3 go 9"]),
+            (1.0, answer(1, 2), ["reply d#1 RESPONSE"]),
+            (1.0, answer(1, 3), ["reply d#2 RESPONSE"]),
+        ]
+    )
+    assert is_empty(dispatcher)
+    assert "c" not in dispatcher._clients
+
+
+# Workers that die.
+
+
+def test_the_loss_of_a_worker_says_that_the_call_may_have_run():
+    dispatcher, (refuse,) = play(
+        [*RUNS, (1.0, ("worker_lost", 1, "was killed by SIGKILL"), ["refuse c#1 DirtyWorkerDiedError ran?"])]
+    )
+    assert "dirty worker 1000 was killed by SIGKILL while it ran a.go" in refuse.fault["message"]
+    assert is_empty(dispatcher)
+    assert do(dispatcher, 2.0, ("worker_lost", 1, "again")) == []
+
+
+def test_queued_calls_outlive_the_worker():
+    play(
+        [
+            *RUNS,
+            (0.0, submit(2), []),
+            (1.0, ("worker_lost", 1, "died"), ["refuse c#1 DirtyWorkerDiedError ran?"]),
+            (2.0, ("worker_ready", 2, *ready()), ["assign w2#1 go 8"]),
+        ]
+    )
+
+
+def test_idempotent_calls_run_again_once_before_all_that_wait():
+    traits = AppTraits(ActionTraits(30.0, idempotent=True), {"once": ActionTraits(30.0)})
+    dispatcher, _ = play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=3, traits=traits)), []),
+            (0.0, submit(1), ["assign w1#1 go 10"]),
+            (0.5, submit(2, action="once"), ["assign w1#2 once 10"]),
+            (1.0, submit(3), ["assign w1#3 go 10"]),
+            (2.0, submit(4), []),
+            (3.0, ("worker_lost", 1, "died"), ["refuse c#2 DirtyWorkerDiedError ran?"]),
+            (
+                4.0,
+                ("worker_ready", 2, *ready(slots=3, traits=traits)),
+                ["assign w2#1 go 6", "assign w2#2 go 7", "assign w2#3 go 8"],
+            ),
+            (
+                5.0,
+                ("worker_lost", 2, "died"),
+                ["refuse c#3 DirtyWorkerDiedError ran?", "refuse c#1 DirtyWorkerDiedError ran?"],
+            ),
+            (6.0, ("worker_ready", 3, *ready(traits=traits)), ["assign w3#1 go 6"]),
+            (6.0, answer(3, 1), ["reply c#4 RESPONSE"]),
+        ]
+    )
+    assert is_empty(dispatcher)
+
+
+def test_an_idempotent_call_goes_to_another_worker_at_once():
+    play(
+        [
+            (0.0, ("worker_ready", 1, *ready()), []),
+            (0.0, ("worker_ready", 2, *ready()), []),
+            (0.0, submit(1, action="safe"), ["assign w1#1 safe 10"]),
+            (1.0, ("worker_lost", 1, "died"), ["assign w2#1 safe 9"]),
+            (2.0, answer(2, 1), ["reply c#1 RESPONSE"]),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "lost_at", "expected"),
+    [
+        ([], 10.0, ["refuse c#1 DirtyWorkerDiedError ran?"]),  # no time is left
+        ([(1.0, ("cancel", "c", 1), ["forward w1#1 CANCEL"])], 2.0, []),
+        (
+            [(1.0, answer(1, 1, wire.CHUNK), ["reply c#1 CHUNK"])],
+            2.0,
+            ["refuse c#1 DirtyWorkerDiedError ran?"],
+        ),
+    ],
+    ids=["past its deadline", "cancelled", "chunks have gone out"],
+)
+def test_idempotent_calls_that_do_not_run_again(meanwhile, lost_at, expected):
+    dispatcher, _ = play([*W1_IDEMPOTENT, *meanwhile, (lost_at, ("worker_lost", 1, "died"), expected)])
+    assert is_empty(dispatcher)
+
+
+def test_a_call_that_waits_again_has_its_deadline_and_can_be_cancelled():
+    dispatcher, _ = play(
+        [
+            *W1_IDEMPOTENT,
+            (1.0, ("worker_lost", 1, "died"), []),
+            (10.0 + SLICE, ("tick",), ["refuse c#1 DirtyTimeoutError ran?"]),
+        ]
+    )
+    assert is_empty(dispatcher)
+    dispatcher, _ = play(
+        [*W1_IDEMPOTENT, (1.0, ("worker_lost", 1, "died"), []), (2.0, ("cancel", "c", 1), [])]
+    )
+    assert is_empty(dispatcher)
+
+
+@pytest.mark.parametrize(
+    ("event", "error"), [(("app_failed", "a", BROKEN), "DirtyAppError"), (("stop",), "DirtyWorkerError")]
+)
+def test_whoever_ends_a_call_that_waits_again_says_that_it_may_have_run(event, error):
+    dispatcher, _ = play(
+        [
+            *W1_IDEMPOTENT,
+            (1.0, ("worker_lost", 1, "died"), []),
+            (2.0, event, [f"refuse c#1 {error} ran?"]),
+        ]
+    )
+    assert is_empty(dispatcher)
+    assert BROKEN["details"]["may_have_run"] is False
+
+
+# The end.
+
+
+def test_stop_ends_every_call_and_those_that_still_come():
+    dispatcher, _ = play(
+        [
+            *W1_IDEMPOTENT,
+            (0.0, submit(2), []),
+            (0.0, ("submit", "d", 1, request("b")), []),
+            (
+                1.0,
+                ("stop",),
+                [
+                    "refuse c#1 DirtyWorkerError ran?",
+                    "refuse c#2 DirtyWorkerError not run",
+                    "refuse d#1 DirtyWorkerError not run",
+                ],
+            ),
+            (1.0, ("stop",), []),
+            (1.0, submit(3), ["refuse c#3 DirtyWorkerError not run"]),
+            (2.0, answer(1, 1), []),
+            (2.0, submit(4), ["refuse c#4 DirtyWorkerError not run"]),
+            (2.0, ("worker_lost", 1, "was stopped"), []),
+        ]
+    )
+    assert is_empty(dispatcher)
+
+
+def test_what_the_shell_may_look_at():
+    dispatcher, _ = play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=2)), []),
+            (0.0, submit(1), ["assign w1#1 go 10"]),
+            (0.0, submit(2, action="safe"), ["assign w1#2 safe 10"]),
+            (0.0, submit(3), []),
+        ]
+    )
+    assert (dispatcher.running, dispatcher.queued, dispatcher.idle) == (2, 1, False)
+    assert dispatcher.running_on(1) == [("a", "go"), ("a", "safe")]
+    assert dispatcher.running_on(2) == []
+
+
+def test_a_cancelled_request_is_let_go_at_once():
+    """However many calls wait around it, its bytes are not kept until its turn."""
+    dispatcher, _ = play([*RUNS, *[(0.0, submit(number), []) for number in range(2, 40)]])
+    mine, alone = dispatcher._clients["c"][20], object()
+    assert sys.getrefcount(mine) > sys.getrefcount(alone)
+    do(dispatcher, 0.0, ("cancel", "c", 20))
+    assert sys.getrefcount(mine) == sys.getrefcount(alone)

@@ -1,0 +1,679 @@
+"""Random schedules: whatever happens in whatever order, every call ends once, with its own result.
+
+The first half drives a `Dispatcher` and keeps a plain model of its clients and workers beside it. The
+second puts `Mux`, `Dispatcher` and a trivial worker back to back, joined by byte pipes that are cut
+anywhere and break at any moment.
+"""
+
+import itertools
+import math
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from gunicorn_dirty_gevent.core import dispatch, faults, mux, wire
+from gunicorn_dirty_gevent.core.deadlines import SLICE
+from gunicorn_dirty_gevent.core.dispatch import (
+    ActionTraits,
+    AppTraits,
+    Assign,
+    Dispatcher,
+    Forward,
+    Kill,
+    Limits,
+    Refuse,
+    Reply,
+    Worn,
+)
+
+APPS = ("a", "b", "c")
+TRAITS = AppTraits(
+    ActionTraits(5.0),
+    {"safe": ActionTraits(5.0, idempotent=True), "endless": ActionTraits(math.inf)},
+)
+ACTIONS = ("plain", "plain", "safe", "endless")
+LAST = (wire.RESPONSE, wire.ERROR, wire.END)
+
+
+def assert_empty(dispatcher):
+    """Nothing of any call is left."""
+    assert not any(dispatcher._clients.values())
+    assert not any(len(queue) or queue.bytes for queue in dispatcher._queues.values())
+    assert not any(worker.running for worker in dispatcher._workers.values())
+    assert len(dispatcher._deadlines) == 0
+    assert dispatcher.idle and dispatcher.queued == dispatcher.running == 0
+
+
+class Submitted:
+    """What the model knows of a call."""
+
+    def __init__(self, number, app, action, deadline):
+        self.number = number
+        self.app = app
+        self.action = action
+        self.deadline = deadline
+        self.runs = 0
+        self.chunks = 0
+
+
+class ModelWorker:
+    def __init__(self, apps, slots):
+        self.apps = apps
+        self.slots = slots
+        self.draining = False
+        self.stuck = False
+        self.running = {}  # id on its link -> Submitted
+        self.ids = set()
+        self.worn = 0
+
+
+class DispatcherMachine(RuleBasedStateMachine):
+    @initialize(
+        queue_calls=st.sampled_from([1, 3, 100]),
+        queue_bytes=st.sampled_from([200, 10**6]),
+        per_client=st.sampled_from([2, 100]),
+    )
+    def start(self, queue_calls, queue_bytes, per_client):
+        self.limits = Limits(queue_calls, queue_bytes, per_client)
+        self.dispatcher = Dispatcher(APPS, self.limits)
+        self.now = 100.0
+        self.numbers = itertools.count()
+        self.keys = itertools.count(1)
+        self.calls = {}  # number -> Submitted
+        self.waiting = {}  # (client, id) -> Submitted
+        self.workers = {}
+        self.started = dict.fromkeys(APPS, -1)  # number of the last call started
+        self.late = 0
+        self.stopped = False
+
+    # What the dispatcher does.
+
+    def carry_out(self, actions):
+        for action in actions:
+            if isinstance(action, Assign):
+                self.assigned(action)
+            elif isinstance(action, Reply):
+                self.replied(action)
+            elif isinstance(action, Refuse):
+                self.refused(action)
+            elif isinstance(action, Forward):
+                assert action.call_id in self.workers[action.worker].running
+                if action.kind == wire.CANCEL:
+                    call = self.workers[action.worker].running[action.call_id]
+                    assert call not in self.waiting.values(), "its caller still waits"
+            elif isinstance(action, Kill):
+                self.workers[action.worker].stuck = self.workers[action.worker].draining = True
+            else:
+                assert isinstance(action, Worn)
+                self.workers[action.worker].worn += 1
+                assert self.workers[action.worker].worn == 1
+
+    def assigned(self, action):
+        worker = self.workers[action.worker]
+        call = self.calls[int(bytes(action.request.body))]
+        assert not worker.draining and len(worker.running) < worker.slots
+        assert call.app == action.request.app and call.app in worker.apps
+        assert action.call_id not in worker.ids
+        assert call in self.waiting.values(), "nobody waits for it"
+        assert action.budget == call.deadline - self.now > 0
+        assert call.runs == 0 or (call.action == "safe" and call.runs == 1 and not call.chunks)
+        if call.runs == 0:
+            assert call.number > self.started[call.app], "not first in, first out"
+            self.started[call.app] = call.number
+        call.runs += 1
+        worker.running[action.call_id] = call
+        worker.ids.add(action.call_id)
+
+    def replied(self, action):
+        call = self.waiting[action.client, action.call_id]
+        assert action.payload == b"%d" % call.number, "the answer to another call"
+        assert action.kind in (wire.CHUNK, *LAST)
+        if action.kind == wire.CHUNK:
+            call.chunks += 1
+        else:
+            del self.waiting[action.client, action.call_id]
+
+    def refused(self, action):
+        call = self.waiting.pop((action.client, action.call_id))
+        assert action.fault["details"]["may_have_run"] == (call.runs > 0), action.fault
+
+    # Clients.
+
+    @rule(
+        client=st.sampled_from("xyz"),
+        call_id=st.integers(1, 6),
+        app=st.sampled_from([*APPS, *APPS, "unknown"]),
+        action=st.sampled_from(ACTIONS),
+        budget=st.sampled_from([0.0, 0.5, 3.0, 3.0, 20.0, math.inf]),
+    )
+    def submit(self, client, call_id, app, action, budget):
+        number = next(self.numbers)
+        names = wire.pack_names(app, action)
+        request = wire.unpack_request(wire.pack_envelope(names, budget) + b"%d" % number)
+        if (client, call_id) in self.waiting:
+            try:
+                self.dispatcher.submit(client, call_id, request, self.now)
+            except wire.WireError:
+                return
+            raise AssertionError("an id in use was taken")
+        call = self.calls[number] = Submitted(number, app, action, self.now + budget)
+        before = len([key for key in self.waiting if key[0] == client])
+        self.waiting[client, call_id] = call
+        self.carry_out(self.dispatcher.submit(client, call_id, request, self.now))
+        if app == "unknown" or budget <= 0 or self.stopped or before >= self.limits.calls_per_client:
+            assert (client, call_id) not in self.waiting
+
+    @rule(client=st.sampled_from("xyz"), call_id=st.integers(1, 6))
+    def cancel(self, client, call_id):
+        self.waiting.pop((client, call_id), None)
+        self.carry_out(self.dispatcher.cancel(client, call_id, self.now))
+
+    @rule(client=st.sampled_from("xyz"))
+    def client_lost(self, client):
+        for key in [key for key in self.waiting if key[0] == client]:
+            del self.waiting[key]
+        self.carry_out(self.dispatcher.client_lost(client, self.now))
+        assert client not in self.dispatcher._clients
+
+    @rule(client=st.sampled_from("xyz"), call_id=st.integers(1, 6), amount=st.integers(0, 2**32 - 1))
+    def credit(self, client, call_id, amount):
+        payload = wire.pack_credit(0, amount)[wire.HEADER_SIZE :]
+        self.carry_out(self.dispatcher.credit(client, call_id, payload, self.now))
+
+    # Workers.
+
+    @precondition(lambda self: len(self.workers) < 4)
+    @rule(apps=st.sets(st.sampled_from(APPS), min_size=1), slots=st.integers(1, 3), most=st.integers(0, 4))
+    def worker_ready(self, apps, slots, most):
+        key = next(self.keys)
+        self.workers[key] = ModelWorker(apps, slots)
+        traits = dict.fromkeys(sorted(apps), TRAITS)
+        self.carry_out(self.dispatcher.worker_ready(key, key, traits, slots, self.now, most))
+
+    @rule(app=st.sampled_from(APPS))
+    def app_failed(self, app):
+        fault = faults.fault("DirtyAppError", "no model", may_have_run=False)
+        self.carry_out(self.dispatcher.app_failed(app, fault))
+
+    def pick(self, data, only=lambda worker: True):
+        return data.draw(st.sampled_from([key for key, worker in self.workers.items() if only(worker)]))
+
+    @precondition(lambda self: any(worker.running for worker in self.workers.values()))
+    @rule(data=st.data(), kind=st.sampled_from([*LAST, wire.CHUNK, wire.CHUNK]))
+    def frame(self, data, kind):
+        key = self.pick(data, lambda worker: worker.running)
+        worker = self.workers[key]
+        call_id = data.draw(st.sampled_from(list(worker.running)))
+        call = worker.running[call_id]
+        if call not in self.waiting.values():
+            self.late += kind == wire.CHUNK
+        if kind != wire.CHUNK:
+            del worker.running[call_id]
+        payload = b"%d" % call.number
+        self.carry_out(self.dispatcher.frame_from_worker(key, kind, call_id, payload, self.now))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data(), kind=st.sampled_from([*LAST, wire.CHUNK]), call_id=st.integers(0, 50))
+    def stray_frame(self, data, kind, call_id):
+        key = self.pick(data)
+        if call_id not in self.workers[key].running:
+            self.late += 1
+            assert self.dispatcher.frame_from_worker(key, kind, call_id, b"stray", self.now) == []
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def worker_lost(self, data):
+        key = self.pick(data)
+        del self.workers[key]
+        self.carry_out(self.dispatcher.worker_lost(key, "died", self.now))
+
+    @precondition(lambda self: self.workers)
+    @rule(data=st.data())
+    def worker_draining(self, data):
+        key = self.pick(data)
+        self.workers[key].draining = True
+        self.dispatcher.worker_draining(key)
+
+    # Time, and the end.
+
+    @rule(seconds=st.sampled_from([0.0, 0.01, 0.5, 1.0, 2.9, 7.0, 30.0]))
+    def tick(self, seconds):
+        self.now += seconds
+        self.carry_out(self.dispatcher.tick(self.now))
+        running = [call for worker in self.workers.values() for call in worker.running.values()]
+        for call in self.waiting.values():
+            grace = dispatch.REPLY_GRACE if call in running else 0.0
+            assert self.now < call.deadline + grace + SLICE, "its time was over"
+        due = self.dispatcher.next_deadline()
+        assert due is None or due > self.now
+
+    @precondition(lambda self: len(self.calls) > 20)
+    @rule()
+    def stop(self):
+        self.carry_out(self.dispatcher.stop())
+        self.stopped = True
+        assert not self.waiting
+
+    @invariant()
+    def agrees_with_the_model(self):
+        dispatcher = self.dispatcher
+        assert dispatcher.idle == (not self.waiting)
+        assert dispatcher.running == sum(len(worker.running) for worker in self.workers.values())
+        assert dispatcher.late_frames == self.late
+        running = [call for worker in self.workers.values() for call in worker.running.values()]
+        queued = [call for call in self.waiting.values() if call not in running]
+        assert dispatcher.queued == len(queued)
+        free = [w for w in self.workers.values() if not w.draining and len(w.running) < w.slots]
+        for call in queued:
+            assert not any(call.app in worker.apps for worker in free), "it waits beside a free slot"
+        first_time = Counter(call.app for call in queued if call.runs == 0)
+        assert all(count <= self.limits.queue_calls for count in first_time.values())
+
+    def teardown(self):
+        if not hasattr(self, "dispatcher"):
+            return
+        while any(worker.running for worker in self.workers.values()):
+            for key, worker in list(self.workers.items()):
+                for call_id, call in list(worker.running.items()):
+                    del worker.running[call_id]
+                    payload = b"%d" % call.number
+                    actions = self.dispatcher.frame_from_worker(key, wire.END, call_id, payload, self.now)
+                    self.carry_out(actions)
+        for client, call_id in list(self.waiting):
+            self.cancel(client, call_id)
+        assert_empty(self.dispatcher)
+        assert self.dispatcher.next_deadline() is None
+
+
+TestDispatcher = DispatcherMachine.TestCase
+TestDispatcher.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+# Back to back.
+
+
+class Pipe:
+    """One direction of a socket: what its writer keeps, what the kernel has, what its reader made
+    of it."""
+
+    def __init__(self):
+        self.outbox = b""
+        self.kernel = b""
+        self.flushed = 0
+        self.decoder = wire.FrameDecoder()
+
+    def write(self, parts):
+        self.outbox += b"".join(parts)
+
+    def flush(self, size):
+        taken, self.outbox = self.outbox[:size], self.outbox[size:]
+        self.flushed += len(taken)
+        self.kernel += taken
+
+    def read(self, size):
+        data, self.kernel = self.kernel[:size], self.kernel[size:]
+        self.decoder.receive_data(data)
+        return self.decoder.frames()
+
+    def everything(self):
+        self.flush(len(self.outbox))
+        return self.read(len(self.kernel))
+
+    @property
+    def empty(self):
+        return not self.outbox and not self.kernel
+
+
+class Caller:
+    """A call and what its caller has seen of it."""
+
+    def __init__(self, number, call):
+        self.number = number
+        self.call = call
+        self.cancelled = False
+        self.chunks = []
+
+
+class Client:
+    """`Mux` with its link, as the client's shells drive it."""
+
+    def __init__(self):
+        self.mux = mux.Mux("/tmp/dirty.sock")
+        self.up = self.down = None
+        self.callers = []
+
+    def start(self, caller, now):
+        self.callers.append(caller)
+        self.send(self.mux.submit(caller.call, now))
+
+    def send(self, parts):
+        if parts is not None:
+            self.up.write(parts)
+
+    def cancel(self, caller):
+        caller.cancelled = True
+        self.send(self.mux.cancel(caller.call))
+
+    def take(self, caller):
+        payload, credit = self.mux.take_chunk(caller.call)
+        caller.chunks.append(payload)
+        self.send(credit)
+
+
+class FakeWorker:
+    """Answers each request with its body; a stream sends it `length` times, while it has credit."""
+
+    def __init__(self, key, runs):
+        self.key = key
+        self.runs = runs  # of each body, over all workers
+        self.inbox, self.outlet = Pipe(), Pipe()
+        self.tasks = {}  # id -> [body, chunks to go, credit]
+
+    def frames(self, frames):
+        for kind, call_id, payload in frames:
+            if kind == wire.REQUEST:
+                request = wire.unpack_request(payload)
+                body = bytes(request.body)
+                self.runs[body] += 1
+                assert call_id not in self.tasks
+                self.tasks[call_id] = [body, 80 if request.stream else 0, wire.STREAM_WINDOW]
+            elif kind == wire.CREDIT and call_id in self.tasks:
+                self.tasks[call_id][2] += wire.unpack_credit(payload)
+            elif kind == wire.CANCEL and self.tasks.pop(call_id, None) is not None:
+                self.say(wire.END, call_id, b"")
+
+    def work(self, which):
+        """One task goes one step on."""
+        if not self.tasks:
+            return
+        call_id = list(self.tasks)[which % len(self.tasks)]
+        task = self.tasks[call_id]
+        body, to_go, credit = task
+        if to_go == 0:
+            del self.tasks[call_id]
+            self.say(wire.RESPONSE, call_id, body)
+        elif credit > 0:
+            # Of different sizes: tiny ones, and ones beyond the whole window.
+            payload = body + b":%d:" % to_go + b"x" * (0, 5000, 300_000)[to_go % 3]
+            task[1] -= 1
+            task[2] -= wire.chunk_cost(payload)
+            self.say(wire.CHUNK, call_id, payload)
+
+    def say(self, kind, call_id, payload):
+        self.outlet.write((wire.pack_frame(kind, call_id, payload),))
+
+
+class System:
+    """Clients, an arbiter around `Dispatcher`, workers, and pipes between them."""
+
+    def __init__(self, clients):
+        self.now = 0.0
+        self.runs = Counter()
+        self.numbers = itertools.count(1)
+        self.keys = itertools.count(1)
+        self.clients = [Client() for _ in range(clients)]
+        self.boot()
+
+    def boot(self):
+        """A new arbiter with one worker."""
+        limits = Limits(100, 10**9, 100)
+        self.dispatcher = Dispatcher(["a"], limits)
+        self.workers = {}
+        self.add_worker()
+
+    def add_worker(self):
+        key = next(self.keys)
+        self.workers[key] = FakeWorker(key, self.runs)
+        traits = {"a": AppTraits(ActionTraits(math.inf), {})}
+        self.act(self.dispatcher.worker_ready(key, key, traits, 3, self.now))
+
+    # The arbiter's shell.
+
+    def act(self, actions):
+        for action in actions:
+            if isinstance(action, Assign):
+                parts = wire.repack_request(action.call_id, action.request, action.budget)
+                self.workers[action.worker].inbox.write(parts)
+            elif isinstance(action, Forward):
+                frame = wire.pack_frame(action.kind, action.call_id, action.payload)
+                self.workers[action.worker].inbox.write((frame,))
+            elif isinstance(action, Reply):
+                frame = wire.pack_frame(action.kind, action.call_id, action.payload)
+                action.client.down.write((frame,))
+            else:
+                assert isinstance(action, Refuse)
+                frame = wire.pack_frame(wire.ERROR, action.call_id, repr(action.fault).encode())
+                action.client.down.write((frame,))
+
+    def from_client(self, client, frames):
+        for kind, call_id, payload in frames:
+            if kind == wire.REQUEST:
+                request = wire.unpack_request(payload)
+                self.act(self.dispatcher.submit(client, call_id, request, self.now))
+            elif kind == wire.CREDIT:
+                self.act(self.dispatcher.credit(client, call_id, payload, self.now))
+            elif kind == wire.CANCEL:
+                self.act(self.dispatcher.cancel(client, call_id, self.now))
+            elif kind == wire.HELLO:
+                client.down.write((wire.pack_hello(10**7),))
+
+    def from_worker(self, worker, frames):
+        for frame in frames:
+            self.act(self.dispatcher.frame_from_worker(worker.key, *frame, self.now))
+
+    def to_client(self, client, frames):
+        for frame in frames:
+            for parts in client.mux.receive(frame, self.now):
+                client.up.write(parts)
+
+    # What happens.
+
+    def start(self, which, stream):
+        client = self.clients[which % len(self.clients)]
+        number = next(self.numbers)
+        call = mux.Call("a", "go", b"<%d>" % number, math.inf, stream)
+        client.start(Caller(number, call), self.now)
+
+    def caller(self, which):
+        callers = [(client, caller) for client in self.clients for caller in client.callers]
+        return callers[which % len(callers)] if callers else (None, None)
+
+    def cancel(self, which, _):
+        client, caller = self.caller(which)
+        if caller and not caller.call.done and not caller.cancelled:
+            client.cancel(caller)
+
+    def take(self, which, _):
+        client, caller = self.caller(which)
+        if caller and caller.call.chunks and not caller.cancelled:
+            client.take(caller)
+
+    def connect(self, which, _):
+        client = self.clients[which % len(self.clients)]
+        if client.up is None:
+            client.up, client.down = Pipe(), Pipe()
+            client.up.write(client.mux.connected())
+
+    def link(self, which):
+        client = self.clients[which % len(self.clients)]
+        return client if client.up is not None else None
+
+    def flush_up(self, which, size):
+        if client := self.link(which):
+            client.up.flush(size)
+
+    def read_up(self, which, size):
+        if client := self.link(which):
+            self.from_client(client, client.up.read(size))
+
+    def read_down(self, which, size):
+        if client := self.link(which):
+            client.down.flush(10 * size)
+            self.to_client(client, client.down.read(10 * size))
+
+    def lose_link(self, which, size):
+        """The arbiter may still have read some of what the kernel took."""
+        if client := self.link(which):
+            self.from_client(client, client.up.read(size))
+            flushed = client.up.flushed
+            client.up = client.down = None
+            self.act(self.dispatcher.client_lost(client, self.now))
+            client.mux.lost("reset", flushed)
+
+    def go_away(self, which, _):
+        if (client := self.link(which)) and client.mux.phase is mux.Phase.OPEN:
+            client.down.write((wire.pack_frame(wire.GOAWAY, 0),))
+
+    def worker(self, which):
+        return list(self.workers.values())[which % len(self.workers)]
+
+    def to_worker(self, which, size):
+        worker = self.worker(which)
+        worker.inbox.flush(size)
+        worker.frames(worker.inbox.read(size))
+
+    def work(self, which, task):
+        self.worker(which).work(task)
+
+    def read_worker(self, which, size):
+        worker = self.worker(which)
+        worker.outlet.flush(100 * size)
+        self.from_worker(worker, worker.outlet.read(100 * size))
+
+    def lose_worker(self, which, _):
+        worker = self.worker(which)
+        worker.outlet.outbox = b""
+        self.from_worker(worker, worker.outlet.everything())
+        del self.workers[worker.key]
+        self.act(self.dispatcher.worker_lost(worker.key, "died", self.now))
+        if not self.workers:
+            self.add_worker()
+
+    def kill_arbiter(self, *_):
+        for client in self.clients:
+            if client.up is not None:
+                flushed = client.up.flushed
+                client.up = client.down = None
+                client.mux.lost("the arbiter died", flushed)
+        self.boot()
+
+    # The end.
+
+    def settle(self):
+        """Everything that is under way arrives; all ends."""
+        for _ in range(1000):
+            quiet = True
+            for client in self.clients:
+                if client.mux.phase is mux.Phase.LEAVING:
+                    self.lose_link(self.clients.index(client), 10**9)
+                self.connect(self.clients.index(client), 0)
+                for pipe, deliver in ((client.up, self.from_client), (client.down, self.to_client)):
+                    quiet = quiet and pipe.empty
+                    deliver(client, pipe.everything())
+                for caller in client.callers:
+                    while caller.call.chunks and not caller.cancelled:
+                        client.take(caller)
+                        quiet = False
+            for worker in self.workers.values():
+                quiet = quiet and worker.inbox.empty and worker.outlet.empty and not worker.tasks
+                worker.frames(worker.inbox.everything())
+                for _ in range(5):
+                    for task in range(len(worker.tasks)):
+                        worker.work(task)
+                self.from_worker(worker, worker.outlet.everything())
+            if quiet:
+                return
+        raise AssertionError("calls are left that never end")
+
+    def check(self):
+        assert_empty(self.dispatcher)
+        for client in self.clients:
+            assert client.mux.pending == 0
+            for caller in client.callers:
+                self.check_caller(caller)
+
+    def check_caller(self, caller):
+        call, body = caller.call, b"<%d>" % caller.number
+        runs = self.runs[body]
+        assert runs <= 1, "it ran twice"
+        whole = [body + b":%d:" % to_go for to_go in range(80, 0, -1)]
+        seen = [chunk.rstrip(b"x") for chunk in caller.chunks]
+        assert seen == whole[: len(seen)], "chunks of another, lost or out of order"
+        if caller.cancelled:
+            assert not call.done
+        elif call.fault is not None:
+            assert call.last is None
+            assert call.fault["details"]["may_have_run"] or not runs
+        elif call.last.kind == wire.RESPONSE:
+            assert call.last.payload == body and runs == 1
+            assert len(seen) == (80 if call.stream else 0)
+        else:
+            assert call.last.kind == wire.ERROR
+            fault = eval(call.last.payload)
+            assert fault["error_type"] == "DirtyWorkerDiedError" and fault["details"]["may_have_run"]
+
+
+HAPPENINGS = {
+    "start": 6,
+    "stream": 3,
+    "cancel": 2,
+    "take": 4,
+    "connect": 4,
+    "flush_up": 8,
+    "read_up": 8,
+    "read_down": 8,
+    "to_worker": 8,
+    "work": 8,
+    "read_worker": 8,
+    "lose_link": 2,
+    "lose_worker": 1,
+    "add_worker": 1,
+    "go_away": 1,
+    "kill_arbiter": 1,
+}
+steps = st.tuples(
+    st.sampled_from([name for name, weight in HAPPENINGS.items() for _ in range(weight)]),
+    st.integers(0, 20),
+    st.sampled_from([0, 1, 7, 16, 25, 40, 100, 1000, 100_000]),
+)
+
+
+def happen(system, name, which, size):
+    if name in ("start", "stream"):
+        system.start(which, name == "stream")
+    elif name == "add_worker":
+        if len(system.workers) < 3:
+            system.add_worker()
+    else:
+        getattr(system, name)(which, size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(steps, min_size=20, max_size=200))
+def test_back_to_back(schedule):
+    system = System(clients=2)
+    for step in schedule:
+        happen(system, *step)
+    system.settle()
+    system.check()
+
+
+def test_back_to_back_with_nothing_lost():
+    """The model itself: without losses every call has its result, streams beyond their window too."""
+    system = System(clients=2)
+    for which in range(20):
+        system.start(which, which % 3 == 0)
+    system.settle()
+    system.check()
+    callers = [caller for client in system.clients for caller in client.callers]
+    assert len(callers) == 20
+    assert all(caller.call.last.kind == wire.RESPONSE for caller in callers)
+    assert sum(len(caller.chunks) for caller in callers) == 7 * 80
