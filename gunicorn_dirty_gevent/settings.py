@@ -59,13 +59,13 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, default = getattr(self, field.name), getattr(type(self), field.name)
-            kinds = (int, float) if isinstance(default, float) else (int,)
-            lowest = min(1, default)  # where the default is 0, 0 has a meaning
-            if not isinstance(value, kinds) or isinstance(value, bool) or not value >= lowest:
-                kind = "a number" if float in kinds else "an int"
-                raise ValueError(
-                    f"install({field.name}=...) takes {kind} of at least {lowest}, not {value!r}"
-                )
+            if isinstance(default, float):
+                fits, wanted = isinstance(value, (int, float)) and value > 0, "a number above 0"
+            else:
+                lowest = min(1, default)  # where the default is 0, 0 has a meaning
+                fits, wanted = isinstance(value, int) and value >= lowest, f"an int of at least {lowest}"
+            if not fits or isinstance(value, bool):
+                raise ValueError(f"install({field.name}=...) takes {wanted}, not {value!r}")
         if self.max_message_size > 0xFFFFFFFF:
             raise ValueError("install(max_message_size=...) is limited to 4294967295 by the wire")
 
