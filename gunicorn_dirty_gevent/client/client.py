@@ -69,8 +69,9 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
             channel.start(call)
             while not call.done:
                 seconds = wait_time(call)
-                if seconds <= 0 or not channel.wait(call, seconds):
+                if seconds <= 0:
                     raise self._timed_out(call)
+                channel.wait(call, seconds)
         finally:
             if not call.done:
                 channel.cancel(call)
@@ -111,8 +112,9 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
             channel.start(call)
             while not call.done:
                 seconds = wait_time(call)
-                if seconds <= 0 or not await channel.wait(call, seconds):
+                if seconds <= 0:
                     raise self._timed_out(call)
+                await channel.wait(call, seconds)
         finally:
             if not call.done:
                 channel.cancel(call)

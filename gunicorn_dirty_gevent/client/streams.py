@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from ..core import faults, wire
 from ..core.mux import Call
-from ..errors import DirtyError, error_from_fault
+from ..errors import error_from_fault
 from . import aio, channels
 from .results import decode, result, wait_time
 
@@ -51,19 +52,16 @@ class _Stream:
             return _END
         return result(call)
 
-    def _wait_time(self, call: Call) -> float:
-        """Seconds until the stream or its next chunk is late. Raises when the stream is."""
+    def _wait_time(self, call: Call, idle_at: float) -> float:
+        """Seconds until the stream or its next chunk is late. Raises when one of them is."""
         seconds = wait_time(call)
         if seconds <= 0:
-            raise self._late(call)
-        return min(seconds, self._idle)
-
-    def _late(self, call: Call) -> DirtyError:
-        if wait_time(call) <= 0:
-            error: DirtyError = self._client._timed_out(call)
-            return error
-        sent = call.id != 0
-        return error_from_fault(faults.idle_stream(call.app, call.action, self._idle, sent=sent))
+            raise self._client._timed_out(call)
+        idle = idle_at - time.monotonic()
+        if idle <= 0:
+            sent = call.id != 0
+            raise error_from_fault(faults.idle_stream(call.app, call.action, self._idle, sent=sent))
+        return min(seconds, idle)
 
     def _end(self) -> None:
         self._ended = True
@@ -92,9 +90,9 @@ class DirtyStream(_Stream):
             raise StopIteration
         try:
             call = self._started()
+            idle_at = time.monotonic() + self._idle
             while not call.chunks and not call.done:
-                if not self._channel.wait(call, self._wait_time(call)):
-                    raise self._late(call)
+                self._channel.wait(call, self._wait_time(call, idle_at))
             chunk = self._take(call)
         except BaseException:
             # Also when the reader is killed while it waits: there is no one to come back.
@@ -129,9 +127,9 @@ class DirtyAsyncStream(_Stream):
             raise StopAsyncIteration
         try:
             call = self._started()
+            idle_at = time.monotonic() + self._idle
             while not call.chunks and not call.done:
-                if not await self._channel.wait(call, self._wait_time(call)):
-                    raise self._late(call)
+                await self._channel.wait(call, self._wait_time(call, idle_at))
             chunk = self._take(call)
         except BaseException:
             self._end()
