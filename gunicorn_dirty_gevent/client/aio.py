@@ -33,16 +33,14 @@ class LoopChannel(asyncio.Protocol):
         elif self._mux.phase is Phase.DOWN and self._connecting is None:
             self._connecting = self._loop.create_task(self._connect())
 
-    async def wait(self, call: Call, seconds: float) -> bool:
-        """Wait for something to arrive for the call; False when the time is up."""
+    async def wait(self, call: Call, seconds: float) -> None:
+        """Wait until something has arrived for the call, or the time is up."""
         arrived = self._loop.create_future()
         call.notify = lambda: None if arrived.done() else arrived.set_result(None)
         try:
             await asyncio.wait_for(arrived, None if seconds == float("inf") else seconds)
         except asyncio.TimeoutError:
-            return False
-        else:
-            return True
+            pass
         finally:
             call.notify = nobody
 

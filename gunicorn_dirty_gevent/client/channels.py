@@ -26,8 +26,8 @@ class Channel(Protocol):
     def start(self, call: Call) -> None:
         """Send the call, or keep it until there is a connection."""
 
-    def wait(self, call: Call, seconds: float) -> bool:
-        """Wait for something to arrive for the call; False when the time is up."""
+    def wait(self, call: Call, seconds: float) -> None:
+        """Wait until something has arrived for the call, or the time is up."""
 
     def event(self) -> Any:
         """An event of the kind that waits here: `set()`, `wait(seconds)`."""

@@ -37,15 +37,15 @@ class HubChannel:
         elif self._mux.phase is Phase.DOWN:
             self._connect_soon(0.0)
 
-    def wait(self, call: Call, seconds: float) -> bool:
+    def wait(self, call: Call, seconds: float) -> None:
         waiter: Any = Waiter()
-        call.notify = partial(waiter.switch, True)
+        call.notify = partial(waiter.switch, None)
         timer = None
         if seconds != float("inf"):
             timer = self._loop.timer(seconds)
-            timer.start(waiter.switch, False)
+            timer.start(waiter.switch, None)
         try:
-            return bool(waiter.get())
+            waiter.get()
         finally:
             call.notify = nobody
             if timer is not None:

@@ -36,13 +36,12 @@ class ThreadChannel:
             elif self._mux.phase is Phase.DOWN and not call.done:
                 self._connect()
 
-    def wait(self, call: Call, seconds: float) -> bool:
+    def wait(self, call: Call, seconds: float) -> None:
         arrived = threading.Event()
         call.notify = arrived.set
         try:
-            if call.chunks or call.done:  # it came before we looked
-                return True
-            return arrived.wait(min(seconds, threading.TIMEOUT_MAX))
+            if not (call.chunks or call.done):  # it may have come before we looked
+                arrived.wait(min(seconds, threading.TIMEOUT_MAX))
         finally:
             call.notify = nobody
 
