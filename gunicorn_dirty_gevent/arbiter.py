@@ -32,6 +32,10 @@ BASE_DESCRIPTORS, DESCRIPTORS_PER_TASK = 256, 4
 """Descriptors a dirty process may need: HTTP workers, files and libraries, and some for each call
 that a worker runs at once."""
 
+HAND_OVER_DELAY = 0.5
+"""Seconds between a TERM and handing over to the next arbiter. Sent to the whole process group, TERM
+reaches us before the master could say that none will follow."""
+
 SIBLING_INTERVAL = 0.1
 """Seconds between looks at the HTTP workers of a master that stops; its own interval."""
 
@@ -109,6 +113,7 @@ class DirtyArbiter:
         self._todo: deque[Callable[[], None]] = deque()
         self._wake = Event()
         self._stop_by = math.inf
+        self._hand_over_at = math.inf
         self._router = Router(self, self.app_specs, self.settings, self._listener.sock)
         limits = {path: spec["worker_count"] for path, spec in self.app_specs.items()}
         self._pool = Pool(self, limits, self._router, self.settings)
@@ -135,7 +140,7 @@ class DirtyArbiter:
         calls = self._router.dispatcher.next_deadline()
         times = [self._pool.next_deadline(), math.inf if calls is None else calls]
         if not self.alive:
-            times += [self._stop_by, self._router.handing_over(now) or math.inf]
+            times += [self._stop_by, self._hand_over_at, self._router.handing_over(now) or math.inf]
             if self._listener.stop_announced():
                 # No event tells us that the last HTTP worker has gone.
                 times.append(now + SIBLING_INTERVAL)
@@ -176,8 +181,7 @@ class DirtyArbiter:
         self.alive = False
         self._router.stopping = True
         self._stop_by = min(self._stop_by, now + (self.cfg.dirty_graceful_timeout if graceful else 0.0))
-        if graceful and not self._listener.stop_announced():
-            self._router.hand_over(now)
+        self._hand_over_at = now + HAND_OVER_DELAY if graceful else math.inf
 
     def _finished(self) -> bool:
         """Called before each wait: takes a stop one step on, and says whether it is done."""
@@ -188,7 +192,7 @@ class DirtyArbiter:
             self._stop_by = math.inf
             self._router.refuse_all()
             self._pool.quit(now)
-        elif self._router.dispatcher.idle and not self._awaits_calls(now):
+        elif not self._awaits_calls(now) and self._router.dispatcher.idle:
             self._pool.stop()
         return self._pool.empty and self._router.dispatcher.idle
 
@@ -196,8 +200,13 @@ class DirtyArbiter:
         """Calls may still come: from requests that a stopping master's HTTP workers finish, or from
         clients that have not confirmed the hand-over."""
         if self._listener.stop_announced():
+            self._hand_over_at = math.inf
+            self._router.open()  # if it was handing over: there is nobody to hand over to
             return process.has_siblings(self.ppid)
-        return self._router.handing_over(now) is not None
+        if now >= self._hand_over_at:
+            self._hand_over_at = math.inf
+            self._router.hand_over(now)
+        return self._hand_over_at < math.inf or self._router.handing_over(now) is not None
 
     # For the router, from callbacks.
 
@@ -234,7 +243,8 @@ class DirtyArbiter:
             self._pool.ready(key, told)
         elif kind == wire.CLASSES:
             self._pool.describe(key, told)
-        else:
+        elif self.alive:
+            # While we stop ourselves, TERM went to the whole group: it is needed to the end.
             self._pool.leave(key)
 
     def worker_cut_off(self, key: int, reason: str) -> None:

@@ -211,6 +211,8 @@ class Pool:
         for path in worker.app_paths:
             self._arbiter.app_worker_map[path].discard(member.pid)
         self._router.act(self._router.dispatcher.worker_lost(member.key, how, now))
+        if not worker.booted and process.ended_by_request(status):
+            self.roster.leaving(member.key)  # no failure of its apps
         self._manage(self.roster.exited(member.key, now))
         self._hook(self._cfg.dirty_worker_exit, worker)
 

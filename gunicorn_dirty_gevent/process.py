@@ -234,6 +234,11 @@ def reap(pid: int) -> int | None:
     return int(status) if reaped else None
 
 
+def ended_by_request(status: int) -> bool:
+    """Whether the process left in peace, or was sent TERM before it could see to that itself."""
+    return status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM)
+
+
 def describe_status(status: int) -> str:
     """How a process ended, in words that follow its name: "was killed by SIGSEGV"."""
     if os.WIFSIGNALED(status):

@@ -78,8 +78,11 @@ class Router:
     # For the main greenlet.
 
     def open(self) -> None:
-        """Accept clients."""
-        self._accepter.start(self._accept)
+        """Accept clients (again)."""
+        self._hand_over_by = None
+        self._leaving.clear()
+        if not self._accepter.active:
+            self._accepter.start(self._accept)
 
     def hand_over(self, now: float) -> None:
         """The next arbiter takes the new calls: they wait at the listener until it is there."""
@@ -142,8 +145,6 @@ class Router:
             if kind in (wire.CHUNK, wire.RESPONSE, wire.ERROR, wire.END):
                 self.act(self.dispatcher.frame_from_worker(key, kind, call_id, payload, now))
             elif kind in (wire.READY, wire.CLASSES, wire.STOP):
-                if kind == wire.STOP:
-                    self.dispatcher.worker_draining(key)
                 told = values.loads(payload) if payload else None
                 supervisor.soon(partial(supervisor.worker_said, key, kind, told))
             else:

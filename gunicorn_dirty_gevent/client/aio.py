@@ -32,6 +32,11 @@ class LoopChannel(asyncio.Protocol):
             self._write(parts)
         elif self._mux.phase is Phase.DOWN and self._connecting is None:
             self._connecting = self._loop.create_task(self._connect())
+        self._move_on()
+
+    def _move_on(self) -> None:
+        if self._mux.moves_on and self._transport is not None:
+            self._transport.close()
 
     async def wait(self, call: Call, seconds: float) -> None:
         """Wait until something has arrived for the call, or the time is up."""
@@ -105,6 +110,7 @@ class LoopChannel(asyncio.Protocol):
             for frame in frames:
                 for parts in self._mux.receive(frame, now):
                     self._write(parts)
+            self._move_on()
         except WireError as error:
             if self._transport is not None:
                 self._transport.abort()

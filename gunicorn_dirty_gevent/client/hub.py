@@ -30,6 +30,10 @@ class HubChannel:
         self._connecting = False
 
     def start(self, call: Call) -> None:
+        self._submit(call)
+        self._move_on()
+
+    def _submit(self, call: Call) -> None:
         parts = self._mux.submit(call, time.monotonic())
         if parts is not None:
             assert self._link is not None
@@ -124,6 +128,14 @@ class HubChannel:
         for frame in frames:
             for parts in self._mux.receive(frame, now):
                 link.send(parts)
+        self._move_on()
+
+    def _move_on(self) -> None:
+        if self._mux.moves_on and self._link is not None:
+            link, self._link = self._link, None
+            link.close("the arbiter hands over")
+            self._mux.lost("the arbiter hands over", link.flushed)
+            self._connect_soon(0.0)
 
     def _on_close(self, link: Link, reason: str) -> None:
         if link is not self._link:

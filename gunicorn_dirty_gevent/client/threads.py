@@ -35,6 +35,11 @@ class ThreadChannel:
                 self._send(parts)
             elif self._mux.phase is Phase.DOWN and not call.done:
                 self._connect()
+            self._move_on()
+
+    def _move_on(self) -> None:
+        if self._mux.moves_on and self._sock is not None:
+            self._shut(self._sock)
 
     def wait(self, call: Call, seconds: float) -> None:
         arrived = threading.Event()
@@ -126,6 +131,7 @@ class ThreadChannel:
                     for frame in decoder.frames():
                         for parts in self._mux.receive(frame, now):
                             self._send(parts)
+                    self._move_on()
         except (OSError, WireError) as error:
             reason = str(error)
         self._lost(sock, reason)

@@ -98,7 +98,7 @@ class Call:
 class Worker:
     """A dirty worker that is ready for calls."""
 
-    __slots__ = ("apps", "draining", "key", "last_id", "max_calls", "pid", "running", "slots")
+    __slots__ = ("apps", "draining", "heard", "key", "last_id", "max_calls", "pid", "running", "slots")
 
     def __init__(self, key: int, pid: int, apps: dict[str, AppTraits], slots: int, max_calls: int) -> None:
         self.key = key
@@ -109,6 +109,7 @@ class Worker:
         self.running: dict[int, Call] = {}
         self.last_id = 0
         self.draining = False
+        self.heard = -math.inf  # when it last sent a frame
 
 
 class AppTraits(NamedTuple):
@@ -443,6 +444,12 @@ class Dispatcher:
         waits = call.state is State.RUNNING
         if self._stuck_at(call) <= now:
             limit = call.traits.timeout
+            blocker = self._blocker(call, now)
+            if blocker is not None:
+                # Killing the worker now would cost a call that is within its own limit.
+                actions = self._hold_up(call, blocker) if waits else []
+                self._deadlines.set(call, min(self._stuck_at(blocker), now + max(limit, KILL_GRACE)))
+                return actions
             why = (
                 f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
             )
@@ -454,6 +461,26 @@ class Dispatcher:
             return [self._answer(call, late), *self._abandon(call, now)]
         self._watch(call)
         return []
+
+    def _blocker(self, call: Call, now: float) -> Call | None:
+        """A call that may have kept this one from starting at all.
+
+        A worker starts calls in order, at once. If it has said nothing since it was given this one,
+        an older call that is still within its own limit may have blocked its hub all the time.
+        """
+        worker = call.worker
+        assert worker is not None
+        if worker.heard >= call.progress:
+            return None
+        older = (c for c in worker.running.values() if c.worker_id < call.worker_id and c.credit > 0)
+        return next((c for c in older if self._stuck_at(c) > now), None)
+
+    def _hold_up(self, call: Call, blocker: Call) -> list[Action]:
+        worker, request = call.worker, call.request
+        assert worker is not None
+        first = f"{blocker.request.app}.{blocker.request.action}"
+        fault = faults.held_up(request.app, request.action, call.traits.timeout, worker.pid, first)
+        return [self._answer(call, fault), *self._abandon(call, 0.0)]
 
     def _answer(self, call: Call, fault: Fault) -> Refuse:
         """Answer the caller of a call that still holds its slot."""

@@ -152,6 +152,19 @@ def run_timeout(app: str, action: str, ran: float, pid: int) -> Fault:
     )
 
 
+def held_up(app: str, action: str, limit: float, pid: int, first: str) -> Fault:
+    return fault(
+        "DirtyTimeoutError",
+        f"{app}.{action} did not end within {limit:.6g} s (dirty_timeout); it was probably not started: "
+        f"{first} keeps the hub of dirty worker {pid} from running",
+        may_have_run=True,
+        timeout=limit,
+        app_path=app,
+        action=action,
+        worker_id=pid,
+    )
+
+
 def stuck(app: str, action: str, limit: float, pid: int) -> Fault:
     return fault(
         "DirtyTimeoutError",

@@ -95,6 +95,11 @@ class Mux:
     def pending(self) -> int:
         return len(self._calls) + len(self.waiting)
 
+    @property
+    def moves_on(self) -> bool:
+        """The link is of no more use, and calls wait for another: the shell is to end it."""
+        return self.phase is Phase.LEAVING and not self._calls and bool(self.waiting)
+
     # The link.
 
     def connected(self) -> Parts:

@@ -19,6 +19,7 @@ from gunicorn_dirty_gevent.core.dispatch import (
     Limits,
     Refuse,
     Reply,
+    Worn,
 )
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
@@ -47,8 +48,8 @@ def show(action):
     if isinstance(action, Refuse):
         ran = "ran?" if action.fault["details"]["may_have_run"] else "not run"
         return f"refuse {action.client}#{action.call_id} {action.fault['error_type']} {ran}"
-    assert isinstance(action, Kill)
-    return f"kill w{action.worker}"
+    assert isinstance(action, (Kill, Worn))
+    return f"{type(action).__name__.lower()} w{action.worker}"
 
 
 def do(dispatcher, now, event):
@@ -207,6 +208,31 @@ def test_a_draining_worker_gets_nothing_new():
             (2.0, ("worker_ready", 2, *ready(slots=5)), ["assign w2#1 go 8", "assign w2#2 go 9"]),
         ]
     )
+
+
+def test_a_draining_worker_with_free_slots_gets_nothing_either():
+    play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=5)), []),
+            (0.0, ("worker_draining", 1), []),
+            (0.0, submit(1), []),
+            (0.0, ("worker_ready", 2, *ready()), ["assign w2#1 go 10"]),
+        ]
+    )
+
+
+def test_a_worker_that_has_had_its_calls_is_worn_and_says_so_once():
+    """It goes on until it is told to drain."""
+    dispatcher = Dispatcher(["a"], LIMITS)
+    dispatcher.worker_ready(1, *ready(slots=9), 0.0, max_calls=2)
+    found = [show(a) for number in range(4) for a in dispatcher.submit("c", number, request(), 0.0)]
+    assert found == [
+        "assign w1#1 go 10",
+        "assign w1#2 go 10",
+        "worn w1",
+        "assign w1#3 go 10",
+        "assign w1#4 go 10",
+    ]
 
 
 # Refusals.
@@ -458,7 +484,7 @@ STUCK = 30.0 + KILL_GRACE
 def test_a_stuck_worker_is_killed_after_a_grace_and_gets_nothing_new():
     dispatcher, (refuse, kill) = play(
         [
-            W1,
+            (0.0, ("worker_ready", 1, *ready(slots=5)), []),
             (0.0, submit(1, budget=math.inf), ["assign w1#1 go inf"]),
             (STUCK - 0.01, ("tick",), []),
             (STUCK + SLICE, ("tick",), ["refuse c#1 DirtyTimeoutError ran?", "kill w1"]),
@@ -492,11 +518,46 @@ def test_each_actions_own_limit_counts():
             (0.0, submit(1, action="slow", budget=math.inf), ["assign w1#1 slow inf"]),
             (1e6, ("tick",), []),
             (1e6, submit(2, action="quick", budget=math.inf), ["assign w1#2 quick inf"]),
+            (1e6, submit(3, action="quick", budget=math.inf), ["assign w1#3 quick inf"]),
+            (1e6 + 0.1, answer(1, 3), ["reply c#3 RESPONSE"]),
             (1e6 + 2 + KILL_GRACE - 0.01, ("tick",), []),
             (1e6 + 2 + KILL_GRACE, ("tick",), ["refuse c#2 DirtyTimeoutError ran?", "kill w1"]),
         ]
     )
     assert "c" in dispatcher._clients
+
+
+def test_a_call_that_may_not_have_begun_does_not_cost_its_neighbour_the_worker():
+    """#1 computes for 5 s, well within its 30 s; the worker has not said a word since it got #2."""
+    traits = AppTraits(ActionTraits(2.0), {"compute": ActionTraits(30.0)})
+    late = 0.1 + 2 + KILL_GRACE
+    table = [
+        (0.0, ("worker_ready", 1, *ready(slots=9, traits=traits)), []),
+        (0.0, submit(1, action="compute", budget=60.0), ["assign w1#1 compute 60"]),
+        (0.1, submit(2, budget=60.0), ["assign w1#2 go 60"]),
+        (late, ("tick",), ["refuse c#2 DirtyTimeoutError ran?", "forward w1#2 CANCEL"]),
+    ]
+    dispatcher, actions = play(table)
+    assert "a.compute keeps the hub" in actions[0].fault["message"]
+    assert do(dispatcher, late + 1.9, ("tick",)) == []
+    assert [show(action) for action in do(dispatcher, 5.0, answer(1, 1))] == ["reply c#1 RESPONSE"]
+    assert do(dispatcher, 5.0, answer(1, 2, wire.END)) == []
+    assert is_empty(dispatcher)
+
+
+def test_nor_does_it_save_one_that_is_itself_past_its_limit():
+    traits = AppTraits(ActionTraits(2.0), {"compute": ActionTraits(4.0)})
+    dispatcher, _ = play(
+        [
+            (0.0, ("worker_ready", 1, *ready(slots=9, traits=traits)), []),
+            (0.0, submit(1, action="compute", budget=60.0), ["assign w1#1 compute 60"]),
+            (0.0, submit(2, budget=60.0), ["assign w1#2 go 60"]),
+            (2 + KILL_GRACE, ("tick",), ["refuse c#2 DirtyTimeoutError ran?", "forward w1#2 CANCEL"]),
+        ]
+    )
+    killed = [show(action) for action in do(dispatcher, 4 + KILL_GRACE + 0.1, ("tick",))]
+    assert "refuse c#1 DirtyTimeoutError ran?" in killed
+    assert "kill w1" in killed
 
 
 # Streams.

@@ -381,6 +381,29 @@ def test_after_goaway_answers_come_and_new_calls_wait():
     assert wired.requests() == [(3, "new")]
 
 
+@pytest.mark.parametrize("last_ends", ["answered", "cancelled"])
+def test_the_shell_moves_on_when_the_leaving_link_is_of_no_more_use(last_ends):
+    wired, one = opened(), call("one")
+    wired.submit(one).receive(GOAWAY)
+    assert not wired.mux.moves_on
+    wired.submit(new := call("new"))
+    assert not wired.mux.moves_on  # an answer is still to come
+    if last_ends == "answered":
+        wired.receive(response(one.id))
+    else:
+        wired.cancel(one)
+    assert wired.mux.moves_on
+    wired.mux.lost("moved on", len(wired.sent))
+    assert not wired.mux.moves_on and not new.done
+    wired.open()
+    assert wired.requests() == [(2, "new")] and not wired.mux.moves_on
+
+
+def test_nobody_moves_on_without_a_call_that_waits():
+    assert not opened().receive(GOAWAY).mux.moves_on
+    assert not Wired().submit(call()).mux.moves_on
+
+
 # Callers that act while they are told. They run inside `notify` (greenlets do).
 
 

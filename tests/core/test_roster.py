@@ -554,15 +554,15 @@ def test_crashes_of_old_workers_do_not_hold_up_a_reload():
 
 
 def test_the_old_stay_while_the_new_generation_pauses_short_of_its_size():
-    crashes = [Life(ready=14.9, dies=15.0), Life(ready=4.9, dies=4.95)]
-    lives = iter([Life(ready=20.0), *crashes])
-    world = loaded(2)
+    # Both others crash before the first is ready at 20 s; the pause after that ends just after.
+    lives = iter([Life(ready=10.0), Life(ready=9.0, dies=9.5), Life(ready=9.8, dies=9.85)])
+    world = loaded(3)
     world.life = lambda spawn: next(lives, Life())
     world.do("reload")
-    world.run(30.0)
-    assert len(world.ready) == 3 and world.retired() == []
+    world.run(20.0)
+    assert world.ready == {1, 2, 3, 4} and world.retired() == []
     world.run(40.0)
-    assert world.generations() == {2} and world.retired() == [1, 2]
+    assert world.generations() == {2} and world.retired() == [1, 2, 3]
 
 
 def test_a_reload_does_not_wait_for_the_backoff_before_it():
