@@ -193,6 +193,7 @@ class DirtyArbiter:
             self._router.refuse_all()
             self._pool.quit(now)
         elif not self._awaits_calls(now) and self._router.dispatcher.idle:
+            self._router.refuse_all()  # whatever comes now would wait for nobody
             self._pool.stop()
         return self._pool.empty and self._router.dispatcher.idle
 

@@ -346,10 +346,13 @@ class Dispatcher:
     ) -> list[Action]:
         """A CHUNK, or a last frame (RESPONSE, ERROR, END)."""
         known = self._workers.get(worker)
+        if known is not None:
+            known.heard = now
         call = known.running.get(call_id) if known else None
         if known is None or call is None:
             self.late_frames += 1
             return []
+        known.heard = now
         wanted = call.state is State.RUNNING
         if kind == wire.CHUNK:
             if not wanted:
@@ -447,7 +450,7 @@ class Dispatcher:
             blocker = self._blocker(call, now)
             if blocker is not None:
                 # Killing the worker now would cost a call that is within its own limit.
-                actions = self._hold_up(call, blocker) if waits else []
+                actions = self._hold_up(call, blocker, now) if waits else []
                 self._deadlines.set(call, min(self._stuck_at(blocker), now + max(limit, KILL_GRACE)))
                 return actions
             why = (
@@ -475,12 +478,12 @@ class Dispatcher:
         older = (c for c in worker.running.values() if c.worker_id < call.worker_id and c.credit > 0)
         return next((c for c in older if self._stuck_at(c) > now), None)
 
-    def _hold_up(self, call: Call, blocker: Call) -> list[Action]:
+    def _hold_up(self, call: Call, blocker: Call, now: float) -> list[Action]:
         worker, request = call.worker, call.request
         assert worker is not None
         first = f"{blocker.request.app}.{blocker.request.action}"
         fault = faults.held_up(request.app, request.action, call.traits.timeout, worker.pid, first)
-        return [self._answer(call, fault), *self._abandon(call, 0.0)]
+        return [self._answer(call, fault), *self._abandon(call, now)]
 
     def _answer(self, call: Call, fault: Fault) -> Refuse:
         """Answer the caller of a call that still holds its slot."""

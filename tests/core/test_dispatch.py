@@ -530,12 +530,12 @@ def test_each_actions_own_limit_counts():
 def test_a_call_that_may_not_have_begun_does_not_cost_its_neighbour_the_worker():
     """#1 computes for 5 s, well within its 30 s; the worker has not said a word since it got #2."""
     traits = AppTraits(ActionTraits(2.0), {"compute": ActionTraits(30.0)})
-    late = 0.1 + 2 + KILL_GRACE
+    late = 0.1 + 2 + KILL_GRACE + SLICE
     table = [
         (0.0, ("worker_ready", 1, *ready(slots=9, traits=traits)), []),
         (0.0, submit(1, action="compute", budget=60.0), ["assign w1#1 compute 60"]),
         (0.1, submit(2, budget=60.0), ["assign w1#2 go 60"]),
-        (late, ("tick",), ["refuse c#2 DirtyTimeoutError ran?", "forward w1#2 CANCEL"]),
+        (late + SLICE, ("tick",), ["refuse c#2 DirtyTimeoutError ran?", "forward w1#2 CANCEL"]),
     ]
     dispatcher, actions = play(table)
     assert "a.compute keeps the hub" in actions[0].fault["message"]

@@ -153,8 +153,10 @@ def test_json(path: str) -> None:
         sock.settimeout(10)
         sock.connect(path)
         for number, args in enumerate(([1], [{"a": [None, 2.5]}], ["é"])):
-            _ask(sock, {"type": "request", "id": f"id-{number}", "app_path": "tasks:Echo", "action": "echo", "args": args})
-            assert _answer(sock) == {"type": "response", "id": f"id-{number}", "result": args[0]}
+            ours = f"id-{number}"
+            request = {"type": "request", "id": ours, "app_path": "tasks:Echo", "action": "echo"}
+            _ask(sock, {**request, "args": args})
+            assert _answer(sock) == {"type": "response", "id": ours, "result": args[0]}
         _ask(sock, {"type": "request", "id": 7, "app_path": "tasks:Echo", "action": "boom"})
         error = _answer(sock)
         assert (error["type"], error["id"]) == ("error", 7)
