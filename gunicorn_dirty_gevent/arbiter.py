@@ -148,10 +148,10 @@ class DirtyArbiter:
 
     def _init_signals(self) -> None:
         for name in ("HUP", "QUIT", "INT", "TERM", "TTIN", "TTOU", "USR1", "CHLD"):
-            signal.signal(getattr(signal, "SIG" + name), self._on_signal)
+            process.set_signal(getattr(signal, "SIG" + name), self._on_signal)
         # Sent to a whole process group, these are meant for the master.
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        signal.signal(signal.SIGWINCH, signal.SIG_IGN)
+        process.set_signal(signal.SIGUSR2, signal.SIG_IGN)
+        process.set_signal(signal.SIGWINCH, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._signals.append(number)

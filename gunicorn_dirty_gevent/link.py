@@ -38,6 +38,9 @@ _JOIN_LIMIT = 65536
 """Bytes of parts that are joined for one system call: copying small ones is cheaper than handing them
 over one by one."""
 
+_PART_COST = 64
+"""Bytes of memory that a part takes beside its own."""
+
 _MAX_HOLD = 0.001
 """Seconds that a turn of the hub may keep what is sent in it. Greenlets that compute would otherwise
 hold back the answers of those before them."""
@@ -52,6 +55,8 @@ class Decoder(Protocol):
 
     def frames(self) -> list[Frame]: ...
 
+
+PEER_GONE = "the other side closed the connection"
 
 OnFrames = Callable[["Link", list[Frame]], None]
 OnClose = Callable[["Link", str], None]
@@ -91,6 +96,11 @@ class Link:
         self._reader = self._loop.io(sock.fileno(), _READ)
         self._writer = self._loop.io(sock.fileno(), _WRITE)
         self._reader.start(self._readable)
+
+    @property
+    def outbox_cost(self) -> int:
+        """Bytes of memory, roughly, that wait for the kernel."""
+        return self.outbox_bytes + _PART_COST * len(self._outbox)
 
     # Writing.
 
@@ -173,23 +183,23 @@ class Link:
             for _ in range(_READS_PER_TURN):
                 size = self.sock.recv_into(_buffer)
                 if not size:
-                    self._end("the other side closed the connection")
+                    self.end(PEER_GONE)
                     return
                 self.decoder.receive_data(bytes(_view[:size]))
-                frames = self.decoder.frames()
-                if frames:
+                # Until it has none: an error behind good frames is raised only then.
+                while not self.closed and (frames := self.decoder.frames()):
                     self._on_frames(self, frames)
                 if size < READ_SIZE or self.closed:
                     return
         except WireError as error:
-            self._end(f"protocol error: {error}")
+            self.end(f"protocol error: {error}")
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR):
-                self._end(f"read failed: {error.strerror}")
+                self.end(f"{PEER_GONE} ({error.strerror})")
         except Exception:
             # A bug here must cost one connection, not stop the watcher for good without a word.
             gevent.get_hub().handle_error(self, *sys.exc_info())
-            self._end("internal error, see the traceback")
+            self.end("internal error, see the traceback")
 
     def read_rest(self) -> None:
         """Read what is there, after the peer is known to have ended."""
@@ -221,7 +231,8 @@ class Link:
         self.sock.close()
         self._outbox.clear()
 
-    def _end(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
+        """`close`, and tell `on_close`."""
         if self.closed:
             return
         self.close(reason)

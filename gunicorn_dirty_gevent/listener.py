@@ -39,7 +39,7 @@ class Listener:
     def __init__(self, uid: int, gid: int) -> None:
         self.owner = os.getpid()
         self.directory = _make_directory()
-        _remove_stale(os.path.dirname(self.directory))
+        _remove_stale(os.path.dirname(self.directory), {os.geteuid(), uid})
         # Held by this master and what it forks, for as long as any of them lives.
         self._lock = os.open(
             os.path.join(self.directory, _LOCK_NAME), os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600
@@ -113,30 +113,32 @@ def _make_directory() -> str:
     )
 
 
-def _remove_stale(base: str) -> None:
+def _remove_stale(base: str, owners: set[int]) -> None:
     """Remove the directories of masters that were killed together with all that they had forked.
 
-    Only what is certainly ours: made by this user, with our two files and nothing else in it, and
-    its lock held by nobody.
+    Only what is certainly ours: made by this user or for the configured one, with nothing but our
+    files in it, and its lock held by nobody.
     """
     for entry in os.scandir(base):
         if not entry.name.startswith(_PREFIX):
             continue
         try:
-            if _is_stale(entry.path):
+            if _is_stale(entry.path, owners):
                 shutil.rmtree(entry.path, ignore_errors=True)
         except OSError:
             continue
 
 
-def _is_stale(directory: str) -> bool:
+def _is_stale(directory: str, owners: set[int]) -> bool:
     status = os.lstat(directory)
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        return False
-    if set(os.listdir(directory)) != {_SOCKET_NAME, _LOCK_NAME}:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in owners:
         return False
     if time.time() - status.st_mtime < _STALE_AGE:
         return False
+    # Without a lock file it is ours only if it is empty: stock gunicorn's have the same name.
+    files = set(os.listdir(directory))
+    if not files or not {_LOCK_NAME} <= files <= {_LOCK_NAME, _SOCKET_NAME}:
+        return not files
     lock = os.open(os.path.join(directory, _LOCK_NAME), os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

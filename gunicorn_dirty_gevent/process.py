@@ -55,8 +55,14 @@ def run_child(child: Callable[[], object], keep: Iterable[int], release: Callabl
     code = EXIT_ERROR
     try:
         reset_signals()
+        hub = get_hub_if_exists()
+        if hub is not None:
+            # First of all: libuv's loop shares its epoll set with the parent until then, and a
+            # watcher that is stopped here would be lost there.
+            gevent.reinit(hub)
         release()
-        _renew_hub()
+        if hub is not None:
+            hub.destroy(destroy_loop=True)
         release_descriptors(keep)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         child()
@@ -80,23 +86,24 @@ def leave(code: int) -> NoReturn:
     os._exit(EXIT_ERROR if code in (3, 4) else code)
 
 
+def set_signal(number: int, handler: Any) -> Any:
+    """``signal.signal`` as it was before gevent patched it: gevent's own reports SIGCHLD only for
+    children that gevent forked."""
+    return monkey.get_original("signal", "signal")(number, handler)
+
+
 def reset_signals() -> None:
     """Every signal back to its default, except those that are ignored by inheritance."""
     signal.set_wakeup_fd(-1)
+    get_signal = monkey.get_original("signal", "getsignal")
     for number in signal.valid_signals():
         try:
-            if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL, None):
-                signal.signal(number, signal.SIG_DFL)
+            if get_signal(number) not in (signal.SIG_IGN, signal.SIG_DFL, None):
+                set_signal(number, signal.SIG_DFL)
         except (OSError, ValueError):  # KILL and STOP, and those reserved for the C library
             pass
     # Python's own start-up setting, which the loop above leaves alone.
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-
-def _renew_hub() -> None:
-    if get_hub_if_exists() is not None:
-        gevent.reinit()
-        gevent.get_hub().destroy(destroy_loop=True)
+    set_signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 def release_descriptors(keep: Iterable[int]) -> None:

@@ -17,7 +17,7 @@ from . import desk
 from .codecs import CODECS
 from .core import dialects, dispatch, faults, values, wire
 from .core.wire import Frame, FrameDecoder
-from .link import Link
+from .link import PEER_GONE, Link
 from .settings import Settings
 
 GOAWAY_TIME = 1.0
@@ -25,6 +25,9 @@ GOAWAY_TIME = 1.0
 
 FLUSH_TIME = 1.0
 """Seconds for clients to take the last answers before the arbiter ends."""
+
+UNREAD_SLACK = 1024 * 1024
+"""Bytes above `unread_bytes` for errors and other small frames, before their client is dropped."""
 
 ACCEPT_PAUSE = 0.5
 """Seconds without accepting after the process ran out of descriptors."""
@@ -163,7 +166,7 @@ class Router:
         except desk.Refusal as refusal:
             self.refuse(link, call_id, refusal.fault)
         else:
-            link.send(_dialect(link).pack(wire.RESPONSE, call_id, result))
+            self._send(link, _dialect(link).pack(wire.RESPONSE, call_id, result))
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_PER_TURN):
@@ -201,7 +204,7 @@ class Router:
             elif kind == wire.GOAWAY:
                 self._leaving.discard(link)
             elif kind == wire.HELLO:
-                link.send((wire.pack_hello(self._options.max_message_size),))
+                self._send(link, (wire.pack_hello(self._options.max_message_size),))
             elif kind in (dialects.STASH, dialects.STATUS, dialects.MANAGE):
                 self._ask(link, kind, call_id, payload)
             else:
@@ -212,7 +215,7 @@ class Router:
         self._clients.discard(link)
         self._leaving.discard(link)
         self.act(self.dispatcher.client_lost(link, time.monotonic()))
-        if "protocol error" in reason:
+        if not reason.startswith(PEER_GONE):
             message = "Dropped a dirty client: %s"
             self._supervisor.soon(partial(self._supervisor.log.warning, message, reason))
         self._wake_if_due()
@@ -247,18 +250,29 @@ class Router:
     def refuse(self, link: Link, call_id: int, fault: faults.Fault) -> None:
         """Answer with an error."""
         dialect = _dialect(link)
-        link.send(dialect.pack(wire.ERROR, call_id, CODECS[dialect.codec].dumps_fault(fault)))
+        self._send(link, dialect.pack(wire.ERROR, call_id, CODECS[dialect.codec].dumps_fault(fault)))
 
     def _reply(self, reply: dispatch.Reply) -> None:
         link, kind, call_id, payload = reply
         size = link.outbox_bytes + len(payload)
-        if kind == wire.RESPONSE and size > self._options.unread_bytes and link.outbox_bytes:
+        if kind in (wire.RESPONSE, wire.CHUNK) and size > self._options.unread_bytes and link.outbox_bytes:
+            if kind == wire.CHUNK:
+                self.act(self.dispatcher.cancel(link, call_id, time.monotonic()))
             self.refuse(link, call_id, faults.answer_dropped(len(payload), self._options.unread_bytes))
             return
         dialect = _dialect(link)
-        link.send(dialect.pack(kind, call_id, payload))
+        self._send(link, dialect.pack(kind, call_id, payload))
         if kind == wire.CHUNK and not dialect.gives_credit:
             self._give_credit(link, call_id, wire.chunk_cost(payload))
+
+    def _send(self, link: Link, parts: wire.Parts) -> None:
+        """Send to a client. One that reads nothing and goes on asking is dropped."""
+        link.send(parts)
+        if link.outbox_cost > self._options.unread_bytes + UNREAD_SLACK:
+            reason = (
+                f"it leaves more than {self._options.unread_bytes} bytes of answers unread (unread_bytes)"
+            )
+            link.end(reason)
 
     def _give_credit(self, link: Link, call_id: int, amount: int) -> None:
         """For a client that says nothing of what it has read: once the kernel has taken the chunk."""

@@ -43,7 +43,7 @@ class Watchdog:
         self._turn = -1
         self._since = 0.0
         self._named = False
-        self._turns = _turn_counter()
+        self._turns = _Turns()
         signal.signal(signal.SIGALRM, self._on_alarm)
         # Native code that waits in a system call should not see it fail because of us.
         signal.siginterrupt(signal.SIGALRM, False)
@@ -61,7 +61,7 @@ class Watchdog:
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        turn = self._turns()
+        turn = self._turns.count()
         if turn != self._turn:
             self._turn, self._since, self._named = turn, now, False
             if not self._busy():
@@ -95,18 +95,20 @@ class Watchdog:
             pass
 
 
-def _turn_counter() -> Callable[[], int]:
-    """A function that tells turns of the hub's loop apart."""
-    loop: Any = gevent.get_hub().loop
-    if hasattr(loop, "iteration"):  # libev
-        return lambda: int(loop.iteration)
-    turns = [0]
+class _Turns:
+    """Tells turns of the hub's loop apart: `count` differs between two of them."""
 
-    def count() -> None:
-        turns[0] += 1
+    def __init__(self) -> None:
+        self._loop: Any = gevent.get_hub().loop
+        self._seen = 0
+        # libev counts them itself; libuv's answer is -1 for ever.
+        self._counted = getattr(self._loop, "iteration", -1) >= 0
+        if not self._counted:
+            self._watcher = self._loop.check(ref=False)
+            self._watcher.start(self._see)
 
-    watcher = loop.prepare()
-    watcher.start(count)
-    turns_watched: Callable[[], int] = lambda: turns[0]  # noqa: E731 - keeps `watcher` alive with it
-    turns_watched.watcher = watcher  # type: ignore[attr-defined]
-    return turns_watched
+    def _see(self) -> None:
+        self._seen += 1
+
+    def count(self) -> int:
+        return int(self._loop.iteration) if self._counted else self._seen

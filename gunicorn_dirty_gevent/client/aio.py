@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 from ..core.mux import Call, Mux, Phase, nobody
-from ..core.wire import Frame, FrameDecoder, Parts, WireError
+from ..core.wire import FrameDecoder, Parts, WireError
 
 RETRY_PAUSE = 0.05
 """Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
@@ -105,11 +105,11 @@ class LoopChannel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._decoder.receive_data(data)
-            frames: list[Frame] = self._decoder.frames()
             now = time.monotonic()
-            for frame in frames:
-                for parts in self._mux.receive(frame, now):
-                    self._write(parts)
+            while frames := self._decoder.frames():
+                for frame in frames:
+                    for parts in self._mux.receive(frame, now):
+                        self._write(parts)
             self._move_on()
         except WireError as error:
             if self._transport is not None:

@@ -140,6 +140,9 @@ def _after_fork_in_child() -> None:
     then its copy of the hub would read the parent's answers."""
     global _lock
     _lock = threading.RLock()
+    hub = get_hub_if_exists()
+    if hub is not None and _channels:
+        hub.loop.reinit()  # before watchers are touched, see `process.run_child`
     for shared in _channels.values():
         shared.channel.abandon()
     _channels.clear()

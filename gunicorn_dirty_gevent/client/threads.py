@@ -128,9 +128,10 @@ class ThreadChannel:
                 decoder.receive_data(data)
                 with self._lock:
                     now = time.monotonic()
-                    for frame in decoder.frames():
-                        for parts in self._mux.receive(frame, now):
-                            self._send(parts)
+                    while frames := decoder.frames():
+                        for frame in frames:
+                            for parts in self._mux.receive(frame, now):
+                                self._send(parts)
                     self._move_on()
         except (OSError, WireError) as error:
             reason = str(error)

@@ -189,6 +189,10 @@ _BOOL, _STRING, _LIST, _DICT = 0x01, 0x11, 0x20, 0x21
 _FIXED = {0x00: 0, _BOOL: 1, 0x05: 8, 0x06: 8}  # None, bool, int64, float64
 _SIZED = (0x10, _STRING)
 
+_MAX_ENTRIES, _MAX_SKIPPED = 16, 1024
+"""How far into a dict, and into one of its values, the arbiter looks: gunicorn's clients write app and
+action first, and a larger search would hold up everybody."""
+
 
 def tlv_names(data: bytes) -> tuple[str, str]:
     """`app_path` and `action` of a TLV dict, whose other entries are skipped, not decoded."""
@@ -197,7 +201,7 @@ def tlv_names(data: bytes) -> tuple[str, str]:
         if data[0] != _DICT:
             raise WireError("the body of a request is a TLV dict")
         position = 5
-        for _ in range(_count(data, 1)):
+        for _ in range(min(_count(data, 1), _MAX_ENTRIES)):
             key, position = _string(data, position)
             if key in wanted:
                 wanted[key], position = _string(data, position)
@@ -227,7 +231,9 @@ def _string(data: bytes, position: int) -> tuple[str, int]:
 def _skip(data: bytes, position: int) -> int:
     """The position after a value. No recursion: nesting is the sender's choice."""
     left = 1
-    while left:
+    for _ in range(_MAX_SKIPPED):
+        if not left:
+            return position
         left -= 1
         kind = data[position]
         position += 1
@@ -240,4 +246,4 @@ def _skip(data: bytes, position: int) -> int:
             position += 4
         else:
             raise WireError(f"unknown TLV type {kind:#x}")
-    return position
+    raise WireError("app_path and action stand too far back in a request")

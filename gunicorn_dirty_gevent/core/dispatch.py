@@ -292,11 +292,16 @@ class Dispatcher:
         call = self._clients.get(client, {}).get(call_id)
         if call is None or call.worker is None:
             return []
+        # Never more than the window, whatever the reader says: it bounds what is kept for it here.
+        amount = min(amount, wire.STREAM_WINDOW - call.credit)
+        if amount <= 0:
+            return []
         paused = call.credit <= 0
         call.credit += amount
         if paused and call.credit > 0:
             call.progress = now
             self._watch(call)
+        payload = wire.pack_credit_payload(amount)
         return [Forward(call.worker.key, wire.CREDIT, call.worker_id, payload)]
 
     def client_lost(self, client: Any, now: float) -> list[Action]:
