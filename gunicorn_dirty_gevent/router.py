@@ -147,6 +147,8 @@ class Router:
         for kind, call_id, payload in frames:
             if kind in (wire.CHUNK, wire.RESPONSE, wire.ERROR, wire.END):
                 self.act(self.dispatcher.frame_from_worker(key, kind, call_id, payload, now))
+            elif kind == wire.BLOCKED:
+                self.dispatcher.worker_blocked(key, call_id, now)
             elif kind in (wire.READY, wire.CLASSES, wire.STOP):
                 told = values.loads(payload) if payload else None
                 supervisor.soon(partial(supervisor.worker_said, key, kind, told))

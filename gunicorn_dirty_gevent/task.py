@@ -127,6 +127,11 @@ class Task:
         """For how many seconds the app's code has run past its time; negative if it has not."""
         return now - self._due if self._exposed and not self._interrupted else -math.inf
 
+    def tell_blocked(self) -> None:
+        """Tell the arbiter that this task keeps the hub from running."""
+        if self._exposed:
+            self._host.send(wire.BLOCKED, self.call_id, b"")
+
     def interrupt(self) -> None:
         """Raise the task's timeout right here. Once: the app's code may swallow it, and then it is
         for the arbiter to end the worker."""

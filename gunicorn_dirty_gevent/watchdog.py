@@ -3,6 +3,7 @@
 gevent's own timeouts need the hub to run. When Python code never yields, the kernel's timer still
 interrupts it between two bytecodes, in the very greenlet that blocks. There the watchdog
 
+* tells the arbiter, which then does not kill the worker over a call that could not start,
 * names it in the log once it has blocked for `hub_blocked_after` seconds, and
 * raises the task's own timeout in it once its time has been up for `INTERRUPT_AFTER`: the action
   ends, the worker keeps its process and state.
@@ -26,6 +27,9 @@ from .task import Runner, Task
 INTERVAL = 0.25
 """Seconds between two looks. Four signals a second cost nothing that can be measured, and none come
 while the worker is idle."""
+
+TELL_AFTER = 0.5
+"""Seconds a task must have blocked the hub for the arbiter to be told."""
 
 INTERRUPT_AFTER = 0.4
 """Seconds past a task's time limit until it is interrupted: `gevent.Timeout` has had its chance."""
@@ -72,6 +76,9 @@ class Watchdog:
             return
         task = runner.task
         blocked = now - self._since
+        if blocked >= TELL_AFTER:
+            # Safe here: while the app's code runs, the link to the arbiter is not in use.
+            task.tell_blocked()
         if blocked >= self._blocked_after and not self._named:
             self._named = True
             self._name(task, blocked, frame)

@@ -37,6 +37,10 @@ KILL_GRACE = 1.0
 killed: the gentler ways to stop the action, the last after about 0.65 s, have failed by then."""
 
 
+BLOCKED_GRACE = 1.0
+"""Seconds for which a worker's word counts that a call blocks its hub; it says so four times a second."""
+
+
 class State(enum.Enum):
     ARRIVED = "arrived"
     QUEUED = "queued"
@@ -98,7 +102,18 @@ class Call:
 class Worker:
     """A dirty worker that is ready for calls."""
 
-    __slots__ = ("apps", "draining", "heard", "key", "last_id", "max_calls", "pid", "running", "slots")
+    __slots__ = (
+        "apps",
+        "blocked_at",
+        "blocked_by",
+        "draining",
+        "key",
+        "last_id",
+        "max_calls",
+        "pid",
+        "running",
+        "slots",
+    )
 
     def __init__(self, key: int, pid: int, apps: dict[str, AppTraits], slots: int, max_calls: int) -> None:
         self.key = key
@@ -109,7 +124,8 @@ class Worker:
         self.running: dict[int, Call] = {}
         self.last_id = 0
         self.draining = False
-        self.heard = -math.inf  # when it last sent a frame
+        self.blocked_by = 0  # the call that it last said blocks its hub
+        self.blocked_at = -math.inf
 
 
 class AppTraits(NamedTuple):
@@ -265,7 +281,7 @@ class Dispatcher:
             return self._faults[request.app]
         if len(calls) >= self.limits.calls_per_client:
             return faults.overloaded(
-                request.app, f"this client has {len(calls)} calls in flight (calls_per_client)"
+                request.app, f"this client has {len(calls)} calls in flight (calls_per_connection)"
             )
         if queue and queue.bytes + len(request.payload) > self.limits.queue_bytes:
             return faults.overloaded(
@@ -352,12 +368,10 @@ class Dispatcher:
         """A CHUNK, or a last frame (RESPONSE, ERROR, END)."""
         known = self._workers.get(worker)
         if known is not None:
-            known.heard = now
-        call = known.running.get(call_id) if known else None
+            call = known.running.get(call_id) if known else None
         if known is None or call is None:
             self.late_frames += 1
             return []
-        known.heard = now
         wanted = call.state is State.RUNNING
         if kind == wire.CHUNK:
             if not wanted:
@@ -375,6 +389,12 @@ class Dispatcher:
             del self._clients[call.client][call.client_id]
             actions.append(Reply(call.client, kind, call.client_id, payload))
         return actions + self._fill(known, now)
+
+    def worker_blocked(self, worker: int, call_id: int, now: float) -> None:
+        """A worker says that this call keeps its hub from running."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.blocked_by, known.blocked_at = call_id, now
 
     def worker_lost(self, worker: int, how: str, now: float) -> list[Action]:
         """The worker is dead; `how` in words ("was killed by SIGKILL")."""
@@ -456,7 +476,7 @@ class Dispatcher:
             if blocker is not None:
                 # Killing the worker now would cost a call that is within its own limit.
                 actions = self._hold_up(call, blocker, now) if waits else []
-                self._deadlines.set(call, min(self._stuck_at(blocker), now + max(limit, KILL_GRACE)))
+                self._deadlines.set(call, now + BLOCKED_GRACE)
                 return actions
             why = (
                 f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
@@ -471,17 +491,15 @@ class Dispatcher:
         return []
 
     def _blocker(self, call: Call, now: float) -> Call | None:
-        """A call that may have kept this one from starting at all.
-
-        A worker starts calls in order, at once. If it has said nothing since it was given this one,
-        an older call that is still within its own limit may have blocked its hub all the time.
-        """
+        """The call that keeps the worker's hub from running, and perhaps this one from starting, if
+        the worker has just said so and that call is within its own limit. (Code stuck in C says
+        nothing.)"""
         worker = call.worker
         assert worker is not None
-        if worker.heard >= call.progress:
+        blocker = worker.running.get(worker.blocked_by)
+        if blocker is None or blocker is call or now - worker.blocked_at > BLOCKED_GRACE:
             return None
-        older = (c for c in worker.running.values() if c.worker_id < call.worker_id and c.credit > 0)
-        return next((c for c in older if self._stuck_at(c) > now), None)
+        return blocker if self._stuck_at(blocker) > now else None
 
     def _hold_up(self, call: Call, blocker: Call, now: float) -> list[Action]:
         worker, request = call.worker, call.request

@@ -57,6 +57,7 @@ class Kind(enum.IntEnum):
     GOAWAY = 0x09  # arbiter: it ends, send new calls to the next one; client: nothing more comes
     CLASSES = 0x20  # worker: what the app classes declare
     READY = 0x21  # worker: apps are loaded; from now on it takes calls
+    BLOCKED = 0x23  # worker: this call keeps the hub from running
     STOP = 0x22  # arbiter: finish what runs, then exit; worker: send me nothing more, I go
 
 
@@ -71,6 +72,7 @@ HELLO = int(Kind.HELLO)
 GOAWAY = int(Kind.GOAWAY)
 CLASSES = int(Kind.CLASSES)
 READY = int(Kind.READY)
+BLOCKED = int(Kind.BLOCKED)
 STOP = int(Kind.STOP)
 _KINDS = frozenset(int(kind) for kind in Kind)
 
