@@ -66,7 +66,8 @@ def error_fault(
 ) -> Fault:
     """An exception of the app's code as a fault, with its traceback."""
     try:
-        message = str(error) or type(error).__name__
+        # Joined: exactly a str, where a subclass (Django's SafeString) could not be sent.
+        message = "".join((str(error), "")) or type(error).__name__
     except Exception:
         message = f"{type(error).__name__} (its str() fails)"
     return fault(

@@ -163,7 +163,7 @@ class DirtyArbiter:
             if number == signal.SIGCHLD:
                 self._pool.reap()
             elif number == signal.SIGUSR1:
-                self.log.reopen_files()
+                self._reopen_logs()
                 self._pool.signal_all(signal.SIGUSR1)
             elif number in (signal.SIGTTIN, signal.SIGTTOU):
                 self.resize(1 if number == signal.SIGTTIN else -1)
@@ -171,6 +171,12 @@ class DirtyArbiter:
                 self._stop(graceful=number == signal.SIGTERM)
             elif self.alive:
                 self._pool.reload()
+
+    def _reopen_logs(self) -> None:
+        try:
+            self.log.reopen_files()
+        except OSError as error:  # made anew for another user than ours
+            self.log.error("Cannot reopen the log files: %s", error)
 
     # Stopping.
 

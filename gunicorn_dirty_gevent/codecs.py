@@ -77,7 +77,18 @@ def _dump_json(value: Any, place: str) -> bytes:
 
 def _dump_fault_tlv(fault: Fault) -> bytes:
     name = fault["error_type"]
-    return _dump_tlv({**fault, "error_type": _STOCK_TYPES.get(name, name)}, "error")
+    details = {key: _utf8(value) for key, value in fault["details"].items()}
+    told = {
+        "error_type": _STOCK_TYPES.get(name, name),
+        "message": _utf8(fault["message"]),
+        "details": details,
+    }
+    return _dump_tlv(told, "error")
+
+
+def _utf8(value: Any) -> Any:
+    """A str that TLV can carry; other values as they are."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 CODECS = {

@@ -12,6 +12,9 @@ from .core import dialects, faults
 from .core.faults import Fault
 from .core.stash import Stash, StashFailure
 
+MAX_CHANGE = 64
+"""Workers that one MANAGE message may add or remove: a slip of the finger should not fork a million."""
+
 
 class Office(Protocol):
     """Who knows the workers."""
@@ -86,7 +89,7 @@ class Desk:
         adds = message["op"] == protocol.MANAGE_OP_ADD
         if not adds and message["op"] != protocol.MANAGE_OP_REMOVE:
             raise Refusal(faults.protocol(f"Unknown manage operation: {message['op']}", may_have_run=False))
-        count = max(1, int(message.get("count", 1)))
+        count = min(max(1, int(message.get("count", 1))), MAX_CHANGE)
         before, after = self._office.resize(count if adds else -count)
         return {
             "success": True,

@@ -26,11 +26,6 @@ READ_SIZE = 262144
 """Bytes per read: a little above Linux's default socket buffer (208 KiB), so that one read empties
 it."""
 
-# One for all links of the process: it is copied from before anything else can run. (A recv() of this
-# size would map and unmap memory each time: 19 us against 2.)
-_buffer = bytearray(READ_SIZE)
-_view = memoryview(_buffer)
-
 _READS_PER_TURN = 4
 """Reads in one turn of the hub before others get theirs."""
 
@@ -92,7 +87,13 @@ class Link:
         self._flushed_at = 0.0
         self._blocked = False  # the kernel's buffer is full; the writer waits for room
         sock.setblocking(False)
-        self._loop: Any = gevent.get_hub().loop
+        hub: Any = gevent.get_hub()
+        self._loop: Any = hub.loop
+        # One for all links of a hub: it is copied from before anything else of that hub can run. Other
+        # threads have other hubs. (A recv() of this size would map memory each time: 19 us against 2.)
+        self._buffer = hub.__dict__.setdefault("_dirty_buffer", memoryview(bytearray(READ_SIZE)))
+        self.refused = False
+        """A write failed: the peer is gone, and what was sent since has not reached it."""
         self._reader = self._loop.io(sock.fileno(), _READ)
         self._writer = self._loop.io(sock.fileno(), _WRITE)
         self._reader.start(self._readable)
@@ -124,13 +125,18 @@ class Link:
         self._turn_taken = False
         if self._outbox and not self.closed:
             self._flush()
+        self._tell_drained()
 
     def _writable(self) -> None:
         self._writer.stop()
         self._blocked = False
         self._flush()
-        if not self._outbox and self.on_drained is not None:
-            self.on_drained()
+        self._tell_drained()
+
+    def _tell_drained(self) -> None:
+        if not self._outbox and not self.closed and self.on_drained is not None:
+            told, self.on_drained = self.on_drained, None
+            told()
 
     def _flush(self) -> None:
         if self._blocked:
@@ -148,7 +154,7 @@ class Link:
             elif error.errno != errno.EINTR:
                 # The peer is gone. What it wrote before may still wait to be read, so the reader
                 # finds the end.
-                self._blocked = True
+                self._blocked = self.refused = True
                 outbox.clear()
                 self.outbox_bytes = 0
 
@@ -181,11 +187,11 @@ class Link:
     def _readable(self) -> None:
         try:
             for _ in range(_READS_PER_TURN):
-                size = self.sock.recv_into(_buffer)
+                size = self.sock.recv_into(self._buffer)
                 if not size:
                     self.end(PEER_GONE)
                     return
-                self.decoder.receive_data(bytes(_view[:size]))
+                self.decoder.receive_data(bytes(self._buffer[:size]))
                 # Until it has none: an error behind good frames is raised only then.
                 while not self.closed and (frames := self.decoder.frames()):
                     self._on_frames(self, frames)
@@ -205,12 +211,12 @@ class Link:
         """Read what is there, after the peer is known to have ended."""
         while not self.closed:
             try:
-                size = self.sock.recv_into(_buffer)
+                size = self.sock.recv_into(self._buffer)
             except OSError:
                 return
             if not size:
                 return
-            self.decoder.receive_data(bytes(_view[:size]))
+            self.decoder.receive_data(bytes(self._buffer[:size]))
             try:
                 frames = self.decoder.frames()
             except WireError:

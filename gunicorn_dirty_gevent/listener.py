@@ -119,7 +119,11 @@ def _remove_stale(base: str, owners: set[int]) -> None:
     Only what is certainly ours: made by this user or for the configured one, with nothing but our
     files in it, and its lock held by nobody.
     """
-    for entry in os.scandir(base):
+    try:
+        entries = list(os.scandir(base))
+    except OSError:  # a directory that may be written but not listed
+        return
+    for entry in entries:
         if not entry.name.startswith(_PREFIX):
             continue
         try:

@@ -125,8 +125,8 @@ class Pool:
             self._arbiter.app_worker_map[path].discard(member.pid)
             self._log.error("Dirty worker (pid: %s): %s: %s", member.pid, path, fault["message"])
             self._router.act(self._router.dispatcher.app_failed(path, fault))
-        if not told["apps"]:
-            return  # it exits, and that is the failure
+        if not told["apps"] or self.roster.members[key].phase is not roster.Phase.BOOTING:
+            return  # it exits: that is the failure, or it was told to while it booted
         member.worker.booted = True
         self._manage(self.roster.ready(key, now, whole=not told["failed"]))
         apps = {path: _traits(plain) for path, plain in told["apps"].items()}
@@ -178,7 +178,11 @@ class Pool:
                     self._kill(self._members[action.key], action.why, signal.SIGQUIT)
 
     def _spawn(self, spawn: roster.Spawn) -> None:
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        except OSError as error:
+            self._cannot_spawn(spawn, error)
+            return
         self._age += 1
         maximum = self._options.max_message_size
         worker = DirtyWorker(self._age, os.getpid(), list(spawn.apps), self._cfg, self._log, maximum)
@@ -187,8 +191,7 @@ class Pool:
             pid = process.fork(partial(worker.run, theirs), kept, self._router.abandon)
         except OSError as error:
             ours.close()
-            self._log.error("Cannot fork a dirty worker: %s", error.strerror)
-            self._manage(self.roster.exited(spawn.key, time.monotonic()))
+            self._cannot_spawn(spawn, error)
             return
         finally:
             theirs.close()
@@ -200,6 +203,10 @@ class Pool:
             self._arbiter.app_worker_map[path].add(pid)
         self._hook(self._cfg.dirty_post_fork, worker)
         self._log.info("Spawned dirty worker (pid: %s) with apps: %s", pid, list(spawn.apps))
+
+    def _cannot_spawn(self, spawn: roster.Spawn, error: OSError) -> None:
+        self._log.error("Cannot spawn a dirty worker: %s", error.strerror)
+        self._manage(self.roster.exited(spawn.key, time.monotonic()))
 
     def _exited(self, member: _Member, status: int) -> None:
         self._router.finish_worker(member.key)

@@ -92,6 +92,12 @@ def set_signal(number: int, handler: Any) -> Any:
     return monkey.get_original("signal", "signal")(number, handler)
 
 
+def die_of(number: int) -> None:
+    """End this process as the signal would without a handler: its parent sees why."""
+    set_signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def reset_signals() -> None:
     """Every signal back to its default, except those that are ignored by inheritance."""
     signal.set_wakeup_fd(-1)
@@ -242,8 +248,9 @@ def reap(pid: int) -> int | None:
 
 
 def ended_by_request(status: int) -> bool:
-    """Whether the process left in peace, or was sent TERM before it could see to that itself."""
-    return status == 0 or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM)
+    """Whether the process ended of a signal that asks for it."""
+    asking = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in asking
 
 
 def describe_status(status: int) -> str:

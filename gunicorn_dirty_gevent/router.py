@@ -72,6 +72,7 @@ class Router:
         self._listener = listener
         self._clients: set[Link] = set()
         self._workers: dict[int, Link] = {}
+        self._owed: dict[Link, list[tuple[int, int]]] = {}  # credit, once the kernel has the chunks
         self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
         self._hand_over_by: float | None = None
         self._desk = desk.Desk(supervisor, options.stash_size)
@@ -92,7 +93,8 @@ class Router:
         self._accepter.stop()
         self._hand_over_by = now + GOAWAY_TIME
         for link in self._clients:
-            if _dialect(link).codec == wire.CODEC_MSGPACK:  # the others have no such message
+            dialect = link.decoder.dialect  # type: ignore[attr-defined]
+            if isinstance(dialect, dialects.Gd2):  # the others have no such message
                 self._leaving.add(link)
                 link.send((wire.pack_frame(wire.GOAWAY, 0),))
 
@@ -135,6 +137,7 @@ class Router:
     def finish_worker(self, key: int) -> None:
         """The process has ended. What it wrote before counts: its answers come before its loss."""
         link = self._workers[key]
+        self.dispatcher.worker_draining(key)  # the slots that its answers free are nobody's
         link.read_rest()
         link.close("the worker has ended")
         del self._workers[key]
@@ -216,6 +219,7 @@ class Router:
     def _on_client_close(self, link: Link, reason: str) -> None:
         self._clients.discard(link)
         self._leaving.discard(link)
+        self._owed.pop(link, None)
         self.act(self.dispatcher.client_lost(link, time.monotonic()))
         if not reason.startswith(PEER_GONE):
             message = "Dropped a dirty client: %s"
@@ -234,8 +238,11 @@ class Router:
         supervisor = self._supervisor
         for action in actions:
             if isinstance(action, dispatch.Assign):
-                parts = wire.repack_request(action.call_id, action.request, action.budget)
-                self._workers[action.worker].send(parts)
+                link = self._workers[action.worker]
+                link.send(wire.repack_request(action.call_id, action.request, action.budget))
+                if link.refused:
+                    now = time.monotonic()
+                    self.act(self.dispatcher.undelivered(action.worker, action.call_id, now))
             elif isinstance(action, dispatch.Reply):
                 self._reply(action)
             elif isinstance(action, dispatch.Forward):
@@ -278,19 +285,16 @@ class Router:
 
     def _give_credit(self, link: Link, call_id: int, amount: int) -> None:
         """For a client that says nothing of what it has read: once the kernel has taken the chunk."""
+        self._owed.setdefault(link, []).append((call_id, amount))
         if link.outbox_bytes == 0:
-            credit = wire.pack_credit_payload(amount)
-            self.act(self.dispatcher.credit(link, call_id, credit, time.monotonic()))
-            return
-        before = link.on_drained
+            self._pay(link)
+        else:
+            link.on_drained = partial(self._pay, link)
 
-        def drained() -> None:
-            link.on_drained = None
-            if before is not None:
-                before()
-            self._give_credit(link, call_id, amount)
-
-        link.on_drained = drained
+    def _pay(self, link: Link) -> None:
+        now = time.monotonic()
+        for call_id, amount in self._owed.pop(link, ()):
+            self.act(self.dispatcher.credit(link, call_id, wire.pack_credit_payload(amount), now))
 
 
 def _dialect(link: Link) -> dialects.Dialect:

@@ -86,7 +86,9 @@ class Runner(gevent.Greenlet):  # type: ignore[type-arg]
             self._hub.switch()
 
     def _is_clean(self) -> bool:
-        left = getattr(self._loop, "activecnt", 0) > self._watchers or self.has_links()
+        # Other loops than libev's own do not count what is active.
+        counted = type(self._loop).__module__ == "gevent.libev.corecext"
+        left = not counted or self._loop.activecnt > self._watchers or self.has_links()
         return self._in_hub_call and not left
 
 
@@ -100,6 +102,7 @@ class Task:
         self._codec = CODECS.get(request.codec, CODECS[wire.CODEC_MSGPACK])
         self._deadline = time.monotonic() + request.budget
         self._runner: Runner | None = None
+        self._cancelled = False
         self._credit = wire.STREAM_WINDOW
         self._credit_came: Event | None = None
         self._timeout: gevent.Timeout = _NO_TIMEOUT
@@ -113,6 +116,7 @@ class Task:
     def cancel(self) -> None:
         """The caller has gone away: end the action; its `finally` blocks run."""
         # The runner has waited by now (else the hub would not run), so it takes no other task.
+        self._cancelled = True
         if self._runner is not None:
             self._runner.kill(block=False)
 
@@ -146,9 +150,14 @@ class Task:
         try:
             kind, payload = self._perform()
         except _Refused as refused:
-            kind, payload = wire.ERROR, self._codec.dumps_fault(refused.fault)
-        except gevent.GreenletExit:
+            kind, payload = wire.ERROR, self._encode_fault(refused.fault)
+        except gevent.GreenletExit as left:
             kind, payload = wire.END, b""
+            if not self._cancelled:  # it came from the app's own code
+                kind, payload = wire.ERROR, self._encode_fault(self._app_error(left))
+        except BaseException as error:  # a timeout that fired while an error was written up
+            fault = faults.protocol(f"the call ended with {type(error).__name__}", may_have_run=True)
+            kind, payload = wire.ERROR, self._encode_fault(fault)
         finally:
             self._host.ended(self)
         self._host.send(kind, self.call_id, payload)
@@ -277,6 +286,13 @@ class Task:
             limit = self._host.max_message
             raise _Refused(faults.message_too_large(what, len(payload), limit, ran=True))
         return payload
+
+    def _encode_fault(self, fault: Fault) -> bytes:
+        try:
+            return self._codec.dumps_fault(fault)
+        except Exception as error:
+            message = f"the call failed, and its error cannot be sent: {type(error).__name__}"
+            return self._codec.dumps_fault(faults.protocol(message, may_have_run=True))
 
     def _app_error(self, error: BaseException) -> Fault:
         request = self.request

@@ -83,6 +83,7 @@ class DirtyWorker:
             self._boot()
             self._serve()
         finally:
+            self._flush()
             self._close_apps()
             self._flush()
             self.log.info("Dirty worker exiting (pid: %s)", self.pid)
@@ -100,12 +101,12 @@ class DirtyWorker:
                 self.traits[path] = apps.traits(type(app), apps.task_limit(self.cfg))
                 self.apps[path] = app
                 self.log.info("Initialized dirty app: %s (pid: %s)", path, self.pid)
-            except Exception as error:
+            except BaseException as error:  # a Timeout or SystemExit too is this app's failure only
                 self._load_failed(path, error)
         if not self.alive:
             return
         if self.apps:
-            self.cfg.dirty_worker_init(self)
+            self._call_init_hook()
         self.booted = bool(self.apps)
         told = {
             "apps": {path: _plain(traits) for path, traits in self.traits.items()},
@@ -115,12 +116,21 @@ class DirtyWorker:
         self.send(wire.READY, 0, values.dumps(told))
         self.alive = self.booted and self.alive
 
+    def _call_init_hook(self) -> None:
+        try:
+            self.cfg.dirty_worker_init(self)
+        except Exception as error:
+            for path in self.apps:
+                self._load_failed(path, error)
+            self._close_apps()
+            self.apps, self.traits = {}, {}
+
     def _describe(self) -> None:
         declared = {}
         for path in self.app_paths:
             try:
                 declared[path] = apps.describe_class(path)
-            except Exception as error:
+            except BaseException as error:
                 self._load_failed(path, error)
         self.send(wire.CLASSES, 0, values.dumps(declared))
 
@@ -159,7 +169,7 @@ class DirtyWorker:
             try:
                 app.close()
                 self.log.debug("Closed dirty app: %s", path)
-            except Exception as error:
+            except BaseException as error:
                 self.log.error("Error closing dirty app %s: %s", path, error)
 
     # Signals: the handlers record, the main greenlet acts.
@@ -182,7 +192,7 @@ class DirtyWorker:
     def _on_signal(self, number: int, frame: object) -> None:
         if not self.booted and number != signal.SIGUSR1:
             # An `init()` that takes minutes must not hold up a stop; there is no call to finish.
-            process.leave(0)
+            process.die_of(number)
         self._signals.append(number)
         self._hub.loop.run_callback_threadsafe(self._wake_up)
 
@@ -224,10 +234,11 @@ class DirtyWorker:
                 raise wire.WireError(f"the arbiter sent a frame of kind {kind:#x}")
 
     def _run_task(self, task: Task) -> None:
-        runner, self._spare = self._spare or Runner(), None
+        spare, self._spare = self._spare, None
+        runner = Runner() if spare is None or spare.dead else spare
         self._runners.add(runner)
         runner.give(task)
-        if runner.spare:
+        if runner.spare and not runner.dead:
             self._spare = runner
 
     def _on_close(self, link: Link, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 import weakref
 from typing import Any
@@ -25,6 +26,7 @@ class LoopChannel(asyncio.Protocol):
         self._decoder = FrameDecoder(0xFFFFFFFF)
         self._connecting: asyncio.Task[None] | None = None
         self._written = 0
+        self._sock: socket.socket | None = None
 
     def start(self, call: Call) -> None:
         parts = self._mux.submit(call, time.monotonic())
@@ -74,15 +76,26 @@ class LoopChannel(asyncio.Protocol):
             self.connection_lost(None)
         self._mux.refuse("this client closed the connection")
 
+    def abort(self) -> None:
+        """The loop is closed, and can't close the connection any more."""
+        if self._sock is not None:
+            self._sock.close()
+
     # The connection.
 
     async def _connect(self) -> None:
         while self._mux.waiting and self._transport is None:
+            self._sock = socket.socket(socket.AF_UNIX)
+            self._sock.setblocking(False)
             try:
-                await self._loop.create_unix_connection(lambda: self, self._mux.socket_path)
+                await self._loop.sock_connect(self._sock, self._mux.socket_path)
+                await self._loop.create_unix_connection(lambda: self, sock=self._sock)
+                break
             except BlockingIOError:  # the backlog is full
+                self._sock.close()
                 await asyncio.sleep(RETRY_PAUSE)
             except OSError as error:
+                self._sock.close()
                 self._mux.refuse(f"cannot connect: {error.strerror or error}")
         self._connecting = None
 
@@ -134,6 +147,10 @@ _channels = weakref.WeakKeyDictionary()
 
 def get(socket_path: str) -> LoopChannel:
     """The channel of the running loop."""
+    for loop in [loop for loop in _channels if loop.is_closed()]:
+        # `asyncio.run` ended without a close_async(): nobody else closes the connection.
+        for left in _channels.pop(loop).values():
+            left.abort()
     mine = _channels.setdefault(asyncio.get_running_loop(), {})
     channel = mine.get(socket_path)
     if channel is None:

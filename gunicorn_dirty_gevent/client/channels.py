@@ -44,6 +44,9 @@ class Channel(Protocol):
     def close(self) -> None:
         """Close the connection; calls on it end with an error."""
 
+    def forget(self) -> None:
+        """The thread whose hub it used has ended."""
+
     def abandon(self) -> None:
         """In a forked child: let go of the parent's connection without a trace on it."""
 
@@ -118,6 +121,14 @@ def _cooperative_hub() -> Any:
     return hub
 
 
+def _hub_gone(number: int) -> None:
+    """A thread with a hub of its own has ended."""
+    for key in [key for key in list(_channels) if key[1] == number]:
+        shared = _channels.pop(key, None)
+        if shared is not None:
+            shared.channel.forget()
+
+
 def _forget() -> None:
     """What clients have found no longer holds."""
     global _epoch
@@ -132,6 +143,7 @@ def _number(hub: Any) -> int:
         with _lock:
             _hub_count += 1
             number = _hubs[hub] = _hub_count
+            weakref.finalize(hub, _hub_gone, number)
     return number
 
 

@@ -46,6 +46,7 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
         time that is not a positive number.
         """
         other = copy.copy(self)
+        other._found = None
         for name, value in options.items():
             if name not in ("timeout", "idle_timeout"):
                 raise TypeError(f"options() has no {name!r}; it takes timeout and idle_timeout")

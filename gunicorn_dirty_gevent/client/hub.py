@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _socket
 import time
-from functools import partial
 from typing import Any
 
 import gevent
@@ -43,7 +42,15 @@ class HubChannel:
 
     def wait(self, call: Call, seconds: float) -> None:
         waiter: Any = Waiter()
-        call.notify = partial(waiter.switch, None)
+        hub = gevent.get_hub()
+
+        def notify() -> None:
+            if gevent.getcurrent() is hub:
+                waiter.switch(None)
+            else:  # another greenlet closed the connection
+                self._loop.run_callback(waiter.switch, None)
+
+        call.notify = notify
         timer = None
         if seconds != float("inf"):
             timer = self._loop.timer(seconds)
@@ -82,6 +89,12 @@ class HubChannel:
             link.close()
             self._mux.lost("this client closed the connection", link.flushed)
         self._mux.refuse("this client closed the connection")
+
+    def forget(self) -> None:
+        """The hub is gone, and its loop with it."""
+        if self._link is not None:
+            self._link.sock.close()
+            self._link = None
 
     def abandon(self) -> None:
         if self._link is not None:

@@ -48,4 +48,6 @@ def decode(payload: bytes, call: Call) -> Any:
         return values.loads(payload)
     except values.UndecodableValue as error:
         message = f"the answer of {call.app}.{call.action} cannot be decoded: {error}"
-        raise DirtyProtocolError(message) from error
+        unreadable = DirtyProtocolError(message)
+        unreadable.may_have_run = True
+        raise unreadable from error

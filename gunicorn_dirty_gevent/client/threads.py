@@ -78,6 +78,9 @@ class ThreadChannel:
                 self._mux.lost("this client closed the connection", self._flushed)
             self._mux.refuse("this client closed the connection")
 
+    def forget(self) -> None:
+        """Never called: this channel is no single thread's."""
+
     def abandon(self) -> None:
         if self._sock is not None:
             self._sock.close()

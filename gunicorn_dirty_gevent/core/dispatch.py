@@ -390,6 +390,25 @@ class Dispatcher:
             actions.append(Reply(call.client, kind, call.client_id, payload))
         return actions + self._fill(known, now)
 
+    def undelivered(self, worker: int, call_id: int, now: float) -> list[Action]:
+        """A call that was assigned has certainly not reached its worker, which is gone: its end will
+        be told. The call goes elsewhere."""
+        known = self._workers[worker]
+        known.draining = True
+        call = known.running.pop(call_id, None)
+        if call is None:
+            return []
+        self._deadlines.drop(call)
+        if call.state is not State.RUNNING:
+            call.state = State.ENDED
+            return []
+        call.attempts -= 1
+        self._requeue(call)
+        actions: list[Action] = []
+        for other in list(self._workers.values()):
+            actions += self._fill(other, now)
+        return actions
+
     def worker_blocked(self, worker: int, call_id: int, now: float) -> None:
         """A worker says that this call keeps its hub from running."""
         known = self._workers.get(worker)

@@ -21,7 +21,7 @@ class Stash:
     """Tables by name, values by key. Bounded: `limit` is in bytes of values (and of keys, roughly)."""
 
     ENTRY_COST = 128
-    """Bytes that an entry counts beside its value: its key and its place in a table."""
+    """Bytes that an entry, or a table, counts beside its value and its key or name."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -29,17 +29,15 @@ class Stash:
         self._tables: dict[str, dict[Any, bytes]] = {}
 
     def put(self, table: str, key: Any, value: bytes) -> None:
-        entries = self._tables.setdefault(table, {})
+        entries = self._tables.get(table, {})
         old = entries.get(key)
-        size = self.size + self._cost(value) - (0 if old is None else self._cost(old))
-        if size > self.limit and size > self.size:
-            if not entries:
-                del self._tables[table]
-            raise StashFailure(
-                "StashError", f"the stash is full: it would hold {size} bytes, stash_size is {self.limit}"
-            )
-        self.size = size
-        entries[key] = value
+        self._grow(self._cost(key, value) - (0 if old is None else self._cost(key, old)))
+        try:
+            self.ensure(table)
+        except StashFailure:
+            self.size -= self._cost(key, value)
+            raise
+        self._tables[table][key] = value
 
     def get(self, table: str, key: Any) -> bytes:
         try:
@@ -51,7 +49,7 @@ class Stash:
         value = self._tables.get(table, {}).pop(key, None)
         if value is None:
             return False
-        self.size -= self._cost(value)
+        self.size -= self._cost(key, value)
         return True
 
     def keys(self, table: str, pattern: str | None = None) -> list[Any]:
@@ -60,7 +58,7 @@ class Stash:
 
     def clear(self, table: str) -> None:
         entries = self._tables.get(table, {})
-        self.size -= sum(map(self._cost, entries.values()))
+        self.size -= sum(self._cost(key, value) for key, value in entries.items())
         entries.clear()
 
     def info(self, table: str) -> dict[str, Any]:
@@ -69,17 +67,29 @@ class Stash:
         return {"size": len(self._tables[table]), "table": table}
 
     def ensure(self, table: str) -> None:
-        self._tables.setdefault(table, {})
+        if table not in self._tables:
+            self._grow(self._cost(table, b""))
+            self._tables[table] = {}
 
     def exists(self, table: str, key: Any = None) -> bool:
         return table in self._tables and (key is None or key in self._tables[table])
 
     def delete_table(self, table: str) -> bool:
         self.clear(table)
-        return self._tables.pop(table, None) is not None
+        if self._tables.pop(table, None) is None:
+            return False
+        self.size -= self._cost(table, b"")
+        return True
 
     def tables(self) -> list[str]:
         return list(self._tables)
 
-    def _cost(self, value: bytes) -> int:
-        return len(value) + self.ENTRY_COST
+    def _grow(self, amount: int) -> None:
+        size = self.size + amount
+        if amount > 0 and size > self.limit:
+            message = f"the stash is full: it would hold {size} bytes, stash_size is {self.limit}"
+            raise StashFailure("StashError", message)
+        self.size = size
+
+    def _cost(self, key: Any, value: bytes) -> int:
+        return len(value) + self.ENTRY_COST + (len(key) if isinstance(key, (str, bytes)) else 0)
