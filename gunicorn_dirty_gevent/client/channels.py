@@ -9,13 +9,14 @@ it, or with the process.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from typing import Any, Protocol
 
 from gevent import get_hub
 from gevent._hub_local import get_hub_if_exists
-from gevent.monkey import is_module_patched
+from gevent.monkey import get_original, is_module_patched
 
 from ..core.mux import Call
 
@@ -56,6 +57,7 @@ class _Shared:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.thread = get_original("_thread", "get_ident")()
         self.handles: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -97,6 +99,7 @@ def _make(key: tuple[str, int], hub: Any) -> _Shared:
     with _lock:
         shared = _channels.get(key)
         if shared is None:
+            _drop_ended(key[1])
             channel: Channel
             if hub is not None:
                 from .hub import HubChannel
@@ -121,11 +124,15 @@ def _cooperative_hub() -> Any:
     return hub
 
 
-def _hub_gone(number: int) -> None:
-    """A thread with a hub of its own has ended."""
-    for key in [key for key in list(_channels) if key[1] == number]:
-        shared = _channels.pop(key, None)
-        if shared is not None:
+def _drop_ended(number: int) -> None:
+    """Let go of the channels of threads that have ended: their hubs will never run again. `number` is
+    of this thread's own hub: another hub's with this thread's identity had it before."""
+    alive = sys._current_frames()
+    here = get_original("_thread", "get_ident")()
+    for key, shared in list(_channels.items()):
+        ended = shared.thread not in alive or (shared.thread == here and key[1] != number)
+        if key[1] and ended:
+            _channels.pop(key, None)
             shared.channel.forget()
 
 
@@ -143,7 +150,6 @@ def _number(hub: Any) -> int:
         with _lock:
             _hub_count += 1
             number = _hubs[hub] = _hub_count
-            weakref.finalize(hub, _hub_gone, number)
     return number
 
 
