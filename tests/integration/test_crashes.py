@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -295,8 +296,11 @@ def test_a_killed_arbiter_under_load(pool: Gunicorn) -> None:
     mark = pool.mark()
     with Load(pool, lambda n: path(APP, "nap", n, 0.03), 6) as load:
         names = [f"arbiter-{n}" for n in range(4)]
-        with asking(pool, [*(path(APP, "hold", name) for name in names), path(APP, "stuck")]) as calls:
+        with ExitStack() as stack:
+            calls = list(stack.enter_context(asking(pool, [path(APP, "hold", name) for name in names])))
             held = {wait_held(pool, name) for name in names}
+            # Afterwards: beside it in the same worker nothing more would begin.
+            calls += stack.enter_context(asking(pool, [path(APP, "stuck")]))
             stuck = int(pool.wait_log(r"^stuck in (\d+)$", since=mark).group(1))
             assert held == set(workers) and stuck in workers
             killed = time.monotonic()

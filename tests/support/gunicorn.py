@@ -192,7 +192,8 @@ class Gunicorn:
         env = {k: v for k, v in os.environ.items() if k not in INHERITED_BY_MISTAKE}
         # A module changed within a second of the last change would be loaded from its old .pyc.
         env |= {"TMPDIR": str(self.tmp), "HOME": str(self.dir), "PYTHONDONTWRITEBYTECODE": "1"}
-        # Not PYTHONUNBUFFERED: print() would then write a line and its end apart, and processes mix them.
+        # With it, print() writes a line and its end apart, and processes mix them.
+        env.pop("PYTHONUNBUFFERED", None)
         return env | self._env
 
     def _answers(self) -> bool:
