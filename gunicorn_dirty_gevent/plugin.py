@@ -28,7 +28,7 @@ def install(**options: float) -> None:
 
     Options (see `gunicorn_dirty_gevent.settings.Settings` for meaning, unit, default and reason):
     `queue_size`, `queue_bytes`, `calls_per_connection`, `unread_bytes`, `max_message_size`,
-    `backlog`, `max_requests`, `max_requests_jitter`, `max_memory`, `hub_blocked_after`.
+    `stash_size`, `backlog`, `max_requests`, `max_requests_jitter`, `max_memory`, `hub_blocked_after`.
 
     Raises `TypeError` for an unknown option and `ValueError` for a value out of range.
     """

@@ -71,6 +71,9 @@ def stock_gunicorn(**changed: Any) -> Gunicorn:
     return Gunicorn(**(options | changed))
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="stock gunicorn's dirty arbiter does not end on TERM there"
+)
 def test_drives_a_stock_gunicorn() -> None:
     with stock_gunicorn(control_socket=True) as gunicorn:
         gunicorn.wait_log("Control socket listening")
