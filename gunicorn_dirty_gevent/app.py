@@ -31,14 +31,17 @@ def describe_class(path: str) -> dict[str, Any]:
     return {"workers": workers if isinstance(workers, int) and workers > 0 else None}
 
 
-def load(path: str) -> DirtyApp:
-    """Instantiate an app and run its `init()`. Raises whatever goes wrong, with its real cause."""
+def load(path: str, finish: Callable[[Any, str], None]) -> DirtyApp:
+    """Instantiate an app and run its `init()`. Raises whatever goes wrong, with its real cause.
+
+    `finish` gets what `init()` returned, which is awaited where it can be, and a name for it.
+    """
     module_name = path.partition(":")[0]
     # gunicorn's loader reports any ImportError as "app not found"; imported first, a missing
     # dependency of the module is reported by its own name.
     importlib.import_module(module_name)
     app = load_dirty_app(path)
-    app.init()
+    finish(app.init(), f"{path}.init")
     return app
 
 

@@ -19,6 +19,7 @@ from .core import faults, values, wire
 from .core.dispatch import AppTraits
 from .core.faults import Fault
 from .core.wire import Request
+from .coroutines import Coroutines
 
 
 class Host(Protocol):
@@ -26,6 +27,7 @@ class Host(Protocol):
 
     apps: dict[str, Any]
     traits: dict[str, AppTraits]
+    coroutines: Coroutines
     max_message: int
     pid: int | str
 
@@ -168,7 +170,9 @@ class Task:
             self._limit = self._find_limit()
             self._start_timeout()
             result = self._call()
-            if isinstance(result, Iterator):
+            while hasattr(result, "__await__"):
+                result = self._host.coroutines.result(result, *self._known_as())
+            if isinstance(result, Iterator) or hasattr(result, "__aiter__"):
                 return self._iterate(result)
             return wire.RESPONSE, self._encode(result, "result")
         except gevent.Timeout as fired:
@@ -222,13 +226,21 @@ class Task:
             raise _Refused(faults.protocol(message, may_have_run=False)) from error
         return self._expose(app, request.action, *args, **kwargs)
 
+    def _known_as(self) -> tuple[str, Callable[[], None]]:
+        """For `Coroutines`: the name, and how to say that it keeps the others from running."""
+        name = f"{self.request.app}.{self.request.action}"
+        return name, lambda: self._host.send(wire.BLOCKED, self.call_id, b"")
+
     # Streams.
 
-    def _iterate(self, chunks: Iterator[Any]) -> tuple[int, bytes]:
+    def _iterate(self, result: Any) -> tuple[int, bytes]:
+        chunks: Iterator[Any] = result
+        if hasattr(result, "__aiter__"):
+            chunks = self._host.coroutines.iterate(aiter(result), *self._known_as())
         try:
             if not self.request.stream:
                 message = (
-                    f"{self.request.app}.{self.request.action} returned {type(chunks).__name__}, an "
+                    f"{self.request.app}.{self.request.action} returned {type(result).__name__}, an "
                     "iterator: call it with client.stream()"
                 )
                 raise _Refused(faults.protocol(message, may_have_run=True))

@@ -21,6 +21,7 @@ from .core import values, wire
 from .core.dispatch import AppTraits
 from .core.faults import Fault
 from .core.wire import Frame
+from .coroutines import Coroutines
 from .link import Link
 from .task import Runner, Task
 from .watchdog import Watchdog
@@ -50,6 +51,7 @@ class DirtyWorker:
         self.apps: dict[str, Any] = {}
         self.traits: dict[str, AppTraits] = {}
         self.max_message = max_message
+        self.coroutines: Coroutines
         self.failed: dict[str, Fault] = {}
         self._tasks: dict[int, Task] = {}
         self._runners: weakref.WeakSet[Runner] = weakref.WeakSet()
@@ -78,6 +80,7 @@ class DirtyWorker:
         self._init_signals()
         blocked_after = settings.current.hub_blocked_after
         self._watchdog = Watchdog(self.log, self.pid, blocked_after, lambda: bool(self._tasks))
+        self.coroutines = Coroutines(self.log, self.pid, blocked_after)
         self._link = Link(sock, self._on_frames, self._on_close, wire.FrameDecoder(self.max_message))
         try:
             self._boot()
@@ -97,7 +100,7 @@ class DirtyWorker:
             if path in self.failed or not self.alive:
                 continue
             try:
-                app = apps.load(path)
+                app = apps.load(path, self._finish)
                 self.traits[path] = apps.traits(type(app), apps.task_limit(self.cfg))
                 self.apps[path] = app
                 self.log.info("Initialized dirty app: %s (pid: %s)", path, self.pid)
@@ -115,6 +118,11 @@ class DirtyWorker:
         }
         self.send(wire.READY, 0, values.dumps(told))
         self.alive = self.booted and self.alive
+
+    def _finish(self, result: Any, name: str) -> None:
+        """An ``async def`` of the app's life cycle ends before the next step."""
+        if hasattr(result, "__await__"):
+            self.coroutines.result(result, name, lambda: None)
 
     def _call_init_hook(self) -> None:
         try:
@@ -167,10 +175,11 @@ class DirtyWorker:
             gevent.killall(list(self._runners), block=True, timeout=CLOSE_TIME)
         for path, app in self.apps.items():
             try:
-                app.close()
+                self._finish(app.close(), f"{path}.close")
                 self.log.debug("Closed dirty app: %s", path)
             except BaseException as error:
                 self.log.error("Error closing dirty app %s: %s", path, error)
+        self.coroutines.close(CLOSE_TIME)
 
     # Signals: the handlers record, the main greenlet acts.
 
