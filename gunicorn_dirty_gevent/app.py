@@ -28,7 +28,13 @@ def describe_class(path: str) -> dict[str, Any]:
     module_name, _, class_name = path.partition(":")
     cls = getattr(importlib.import_module(module_name), class_name)
     workers = getattr(cls, "workers", None)
-    return {"workers": workers if isinstance(workers, int) and workers > 0 else None}
+    stashes = getattr(cls, "stashes", ())
+    if isinstance(stashes, str) or not all(isinstance(name, str) for name in stashes):
+        raise TypeError(f"{path}: stashes is a list of names of tables, not {stashes!r}")
+    return {
+        "workers": workers if isinstance(workers, int) and workers > 0 else None,
+        "stashes": [str(name) for name in stashes],
+    }
 
 
 def load(path: str, finish: Callable[[Any, str], None]) -> DirtyApp:

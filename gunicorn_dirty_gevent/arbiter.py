@@ -114,9 +114,11 @@ class DirtyArbiter:
         self._wake = Event()
         self._stop_by = math.inf
         self._hand_over_at = math.inf
-        self._router = Router(self, self.app_specs, self.settings, self._listener.sock)
+        self._router = Router(self, self.app_specs, self.settings, self._listener)
         limits = {path: spec["worker_count"] for path, spec in self.app_specs.items()}
         self._pool = Pool(self, limits, self._router, self.settings)
+        if self._router.desk.restored:
+            self.log.info("Restored the stash: %s tables", len(self._router.desk.stash.tables()))
 
     # The main greenlet.
 

@@ -19,6 +19,7 @@ class Codec(NamedTuple):
     """The two directions; they raise `UndecodableValue` and `UnencodableValue`."""
 
     loads_call: Callable[[memoryview], Arguments]
+    loads: Callable[[bytes], Any]
     dumps: Callable[[Any, str], bytes]
     dumps_fault: Callable[[Fault], bytes]
 
@@ -42,20 +43,18 @@ def _load_message(message: Any) -> Arguments:
     raise UndecodableValue('a request has "args", a list, and "kwargs", a dict')
 
 
-def _load_tlv(body: memoryview) -> Arguments:
+def _load_tlv(data: bytes) -> Any:
     try:
-        message = TLVEncoder.decode_full(bytes(body))
+        return TLVEncoder.decode_full(data)
     except Exception as error:
         raise UndecodableValue(f"broken TLV: {error}") from error
-    return _load_message(message)
 
 
-def _load_json(body: memoryview) -> Arguments:
+def _load_json(data: bytes) -> Any:
     try:
-        message = json.loads(bytes(body))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UndecodableValue(f"broken JSON: {error}") from error
-    return _load_message(message)
 
 
 def _dump_tlv(value: Any, place: str) -> bytes:
@@ -92,8 +91,15 @@ def _utf8(value: Any) -> Any:
 
 
 CODECS = {
-    wire.CODEC_MSGPACK: Codec(values.loads_call, values.dumps, values.dumps),
-    dialects.CODEC_TLV: Codec(_load_tlv, _dump_tlv, _dump_fault_tlv),
-    dialects.CODEC_JSON: Codec(_load_json, _dump_json, lambda fault: _dump_json(fault, "error")),
+    wire.CODEC_MSGPACK: Codec(values.loads_call, values.loads, values.dumps, values.dumps),
+    dialects.CODEC_TLV: Codec(
+        lambda body: _load_message(_load_tlv(bytes(body))), _load_tlv, _dump_tlv, _dump_fault_tlv
+    ),
+    dialects.CODEC_JSON: Codec(
+        lambda body: _load_message(_load_json(bytes(body))),
+        _load_json,
+        _dump_json,
+        lambda fault: _dump_json(fault, "error"),
+    ),
 }
 """By the number in a request's envelope."""

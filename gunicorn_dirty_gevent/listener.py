@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from . import settings
+from .journal import Journal
 
 _PATH_LIMIT = 107
 """Bytes of a Unix socket's path (``sun_path`` is 108 with its terminating zero)."""
@@ -34,7 +35,7 @@ _SOCKET_NAME = "arbiter.sock"
 
 
 class Listener:
-    """A bound and listening socket in a directory of its own."""
+    """A bound and listening socket in a directory of its own, and what else outlives an arbiter."""
 
     def __init__(self, uid: int, gid: int) -> None:
         self.owner = os.getpid()
@@ -59,6 +60,7 @@ class Listener:
             os.chown(self.path, uid, gid)
             os.chown(self._lock, uid, gid)
             os.chown(self.directory, uid, gid)
+        self.journal = Journal()
         self.sock.listen(settings.current.backlog)
         self.sock.setblocking(False)
         atexit.register(self._at_exit)

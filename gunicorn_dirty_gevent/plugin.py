@@ -1,9 +1,10 @@
 """`install`: the one file that knows gunicorn's internals.
 
 gunicorn imports ``gunicorn.dirty`` lazily, when it spawns a dirty arbiter, and takes `DirtyArbiter`
-from it; ``get_dirty_client`` looks `DirtyClient` up in ``gunicorn.dirty.client`` at each call. So it
-is enough to put ours in those places when the package is imported: without dirty settings it never
-is, and nothing of ours is loaded either.
+from it; ``get_dirty_client`` looks `DirtyClient` up in ``gunicorn.dirty.client`` at each call, and the
+functions of ``gunicorn.dirty.stash`` look up `StashClient` there. So it is enough to put ours in those
+places when the package is imported: without dirty settings it never is, and nothing of ours is loaded
+either.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ def install(**options: float) -> None:
 def _replace(dirty: Any) -> None:
     from .arbiter import DirtyArbiter
     from .client import DirtyClient
+    from .client.stash import StashClient, StashTable
 
     dirty.DirtyArbiter = DirtyArbiter
     dirty.DirtyClient = DirtyClient
     dirty.client.DirtyClient = DirtyClient
+    dirty.StashClient = dirty.stash.StashClient = StashClient
+    dirty.StashTable = dirty.stash.StashTable = StashTable
     gunicorn_arbiter = sys.modules.get("gunicorn.arbiter")
     if gunicorn_arbiter is not None:
         _join_master(gunicorn_arbiter)

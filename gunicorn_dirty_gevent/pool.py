@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from . import process
 from .core import dispatch, roster
+from .core.stash import StashFailure
 from .router import Router
 from .settings import Settings
 from .worker import DirtyWorker
@@ -115,6 +116,11 @@ class Pool:
     def describe(self, key: int, told: dict[str, Any]) -> None:
         """What the classes of its apps declare."""
         self.roster.classes(key, {path: said["workers"] for path, said in told.items()})
+        for path, said in told.items():
+            try:
+                self._router.desk.ensure(said["stashes"])
+            except StashFailure as failure:
+                self._log.error("Cannot make the stashes of dirty app %s: %s", path, failure)
 
     def ready(self, key: int, told: dict[str, Any]) -> None:
         member = self._members.get(key)

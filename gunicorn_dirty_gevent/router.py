@@ -18,6 +18,7 @@ from .codecs import CODECS
 from .core import dialects, dispatch, faults, values, wire
 from .core.wire import Frame, FrameDecoder
 from .link import PEER_GONE, Link
+from .listener import Listener
 from .settings import Settings
 
 GOAWAY_TIME = 1.0
@@ -59,7 +60,7 @@ class Router:
     """Owns the dispatcher and every link."""
 
     def __init__(
-        self, supervisor: Supervisor, apps: Iterable[str], options: Settings, listener: _socket.socket
+        self, supervisor: Supervisor, apps: Iterable[str], options: Settings, listener: Listener
     ) -> None:
         limits = dispatch.Limits(options.queue_size, options.queue_bytes, options.calls_per_connection)
         self.dispatcher = dispatch.Dispatcher(apps, limits)
@@ -69,15 +70,15 @@ class Router:
         """The main greenlet waits for the last calls to end."""
         self._supervisor = supervisor
         self._options = options
-        self._listener = listener
+        self._listener = listener.sock
         self._clients: set[Link] = set()
         self._workers: dict[int, Link] = {}
         self._owed: dict[Link, list[tuple[int, int]]] = {}  # credit, once the kernel has the chunks
         self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
         self._hand_over_by: float | None = None
-        self._desk = desk.Desk(supervisor, options.stash_size)
+        self.desk = desk.Desk(supervisor, options.stash_size, listener.journal)
         self._loop: Any = gevent.get_hub().loop
-        self._accepter: Any = self._loop.io(listener.fileno(), 1)
+        self._accepter: Any = self._loop.io(self._listener.fileno(), 1)
 
     # For the main greenlet.
 
@@ -121,6 +122,7 @@ class Router:
         """In a process just forked: let go of every link."""
         self._accepter.stop()
         self._accepter.close()
+        self.desk.abandon()
         for link in [*self._clients, *self._workers.values()]:
             link.close("forked")
 
@@ -165,13 +167,14 @@ class Router:
     # Clients.
 
     def _ask(self, link: Link, kind: int, call_id: int, payload: bytes) -> None:
-        """A question that the arbiter itself answers, in gunicorn's own protocol."""
+        """A question that the arbiter itself answers."""
+        dialect = _dialect(link)
         try:
-            result = self._desk.answer(kind, payload)
+            result = self.desk.answer(kind, payload, dialect.codec)
         except desk.Refusal as refusal:
             self.refuse(link, call_id, refusal.fault)
         else:
-            self._send(link, _dialect(link).pack(wire.RESPONSE, call_id, result))
+            self._send(link, dialect.pack(wire.RESPONSE, call_id, result))
 
     def _accept(self) -> None:
         for _ in range(_ACCEPTS_PER_TURN):

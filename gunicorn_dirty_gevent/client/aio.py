@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core.mux import Call, Mux, Phase, nobody
 from ..core.wire import FrameDecoder, Parts, WireError
+from .results import timed_out, wait_time
 
 RETRY_PAUSE = 0.05
 """Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
@@ -20,6 +21,7 @@ class LoopChannel(asyncio.Protocol):
     """Like `client.channels.Channel`, for the tasks of one event loop."""
 
     def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
         self._mux = Mux(socket_path)
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -88,7 +90,7 @@ class LoopChannel(asyncio.Protocol):
             self._sock = socket.socket(socket.AF_UNIX)
             self._sock.setblocking(False)
             try:
-                await self._loop.sock_connect(self._sock, self._mux.socket_path)
+                await self._loop.sock_connect(self._sock, self.socket_path)
                 await self._loop.create_unix_connection(lambda: self, sock=self._sock)
                 break
             except BlockingIOError:  # the backlog is full
@@ -156,6 +158,20 @@ def get(socket_path: str) -> LoopChannel:
     if channel is None:
         channel = mine[socket_path] = LoopChannel(socket_path)
     return channel
+
+
+async def perform(channel: LoopChannel, call: Call, timeout: float | None) -> None:
+    """`channels.perform` for asyncio."""
+    try:
+        channel.start(call)
+        while not call.done:
+            seconds = wait_time(call)
+            if seconds <= 0:
+                raise timed_out(call, timeout, channel.socket_path)
+            await channel.wait(call, seconds)
+    finally:
+        if not call.done:
+            channel.cancel(call)
 
 
 def release(socket_path: str) -> None:

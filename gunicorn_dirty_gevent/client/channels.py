@@ -19,10 +19,13 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original, is_module_patched
 
 from ..core.mux import Call
+from .results import timed_out, wait_time
 
 
 class Channel(Protocol):
     """A connection with many calls on it, made when it is needed and made again when it is lost."""
+
+    socket_path: str
 
     def start(self, call: Call) -> None:
         """Send the call, or keep it until there is a connection."""
@@ -82,6 +85,23 @@ def get(client: Any) -> Channel:
     shared.handles.add(client)
     client._found = (_epoch, hub, shared.channel)
     return shared.channel
+
+
+def perform(channel: Channel, call: Call, timeout: float | None) -> None:
+    """Start the call and wait for its end. When the waiting is ended from outside, it is cancelled.
+
+    `timeout` is what an error says of the time it had.
+    """
+    try:
+        channel.start(call)
+        while not call.done:
+            seconds = wait_time(call)
+            if seconds <= 0:
+                raise timed_out(call, timeout, channel.socket_path)
+            channel.wait(call, seconds)
+    finally:
+        if not call.done:
+            channel.cancel(call)
 
 
 def release(client: Any) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from gunicorn.dirty.client import DirtyClient as _StockClient
 
-from ..core import faults, values
+from ..core import values
 from ..core.mux import Call
-from ..errors import DirtyEncodeError, DirtyError, error_from_fault
+from ..errors import DirtyEncodeError
 from . import aio, channels
+from .channels import perform
 from .future import DirtyFuture
-from .results import checked_time, result, wait_time
+from .results import checked_time, result
 from .streams import DirtyAsyncStream, DirtyStream
 
 
@@ -65,17 +66,7 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
         is cancelled.
         """
         call = self._call(app_path, action, args, kwargs)
-        channel = channels.get(self)
-        try:
-            channel.start(call)
-            while not call.done:
-                seconds = wait_time(call)
-                if seconds <= 0:
-                    raise self._timed_out(call)
-                channel.wait(call, seconds)
-        finally:
-            if not call.done:
-                channel.cancel(call)
+        perform(channels.get(self), call, self.timeout)
         return result(call)
 
     def stream(self, app_path: str, action: str, *args: Any, **kwargs: Any) -> DirtyStream:
@@ -108,17 +99,7 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
     async def execute_async(self, app_path: str, action: str, *args: Any, **kwargs: Any) -> Any:
         """`execute` for asyncio. Cancelling the waiting task cancels the call."""
         call = self._call(app_path, action, args, kwargs)
-        channel = aio.get(self.socket_path)
-        try:
-            channel.start(call)
-            while not call.done:
-                seconds = wait_time(call)
-                if seconds <= 0:
-                    raise self._timed_out(call)
-                await channel.wait(call, seconds)
-        finally:
-            if not call.done:
-                channel.cancel(call)
+        await aio.perform(aio.get(self.socket_path), call, self.timeout)
         return result(call)
 
     def stream_async(self, app_path: str, action: str, *args: Any, **kwargs: Any) -> DirtyAsyncStream:
@@ -152,8 +133,3 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
             refusal = DirtyEncodeError(f"{app_path}.{action} was not sent: {error}")
             refusal.may_have_run = False
             raise refusal from error
-
-    def _timed_out(self, call: Call) -> DirtyError:
-        sent = call.id != 0
-        fault = faults.no_answer(call.app, call.action, self.timeout, self.socket_path, sent=sent)
-        return error_from_fault(fault)

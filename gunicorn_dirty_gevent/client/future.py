@@ -9,7 +9,7 @@ from ..core import faults
 from ..core.mux import Call
 from ..errors import error_from_fault
 from . import channels
-from .results import result, wait_time
+from .results import result, timed_out, wait_time
 
 
 class DirtyFuture:
@@ -39,7 +39,7 @@ class DirtyFuture:
             seconds = wait_time(call)
             if seconds <= 0:
                 self._channel.cancel(call)
-                raise self._client._timed_out(call)
+                raise timed_out(call, self._client.timeout, self._client.socket_path)
             if until is not None:
                 seconds = min(seconds, until - time.monotonic())
                 if seconds <= 0:

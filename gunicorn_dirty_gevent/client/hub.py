@@ -23,6 +23,7 @@ class HubChannel:
     """See `client.channels.Channel`. Used by the greenlets of one hub."""
 
     def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
         self._mux = Mux(socket_path)
         self._link: Link | None = None
         self._loop: Any = gevent.get_hub().loop
@@ -124,7 +125,7 @@ class HubChannel:
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
-            sock.connect(self._mux.socket_path)
+            sock.connect(self.socket_path)
         except BlockingIOError:  # the backlog is full
             sock.close()
             self._connect_soon(RETRY_PAUSE)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ..core import values, wire
+from ..core import faults, values, wire
 from ..core.faults import Fault
 from ..core.mux import Call
-from ..errors import DirtyProtocolError, error_from_fault
+from ..errors import DirtyError, DirtyProtocolError, error_from_fault
 
 REPLY_GRACE = 0.5
 """Seconds past its deadline that a call which was sent waits for the arbiter's own word: it knows
@@ -28,6 +28,12 @@ def wait_time(call: Call) -> float:
     """Seconds that the caller still waits."""
     grace = REPLY_GRACE if call.id else 0.0
     return call.deadline + grace - time.monotonic()
+
+
+def timed_out(call: Call, timeout: float | None, socket_path: str) -> DirtyError:
+    """The error of a call that nothing has ended within its time."""
+    sent = call.id != 0
+    return error_from_fault(faults.no_answer(call.app, call.action, timeout, socket_path, sent=sent))
 
 
 def result(call: Call) -> Any:

@@ -10,7 +10,7 @@ from ..core import faults, wire
 from ..core.mux import Call
 from ..errors import error_from_fault
 from . import aio, channels
-from .results import decode, result, wait_time
+from .results import decode, result, timed_out, wait_time
 
 DEFAULT_IDLE_TIMEOUT = 30.0
 """Seconds between two chunks of a stream; gunicorn's default."""
@@ -56,7 +56,7 @@ class _Stream:
         """Seconds until the stream or its next chunk is late. Raises when one of them is."""
         seconds = wait_time(call)
         if seconds <= 0:
-            raise self._client._timed_out(call)
+            raise timed_out(call, self._client.timeout, self._client.socket_path)
         idle = idle_at - time.monotonic()
         if idle <= 0:
             sent = call.id != 0

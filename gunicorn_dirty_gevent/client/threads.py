@@ -23,6 +23,7 @@ class ThreadChannel:
     """See `client.channels.Channel`. Used by the threads of one process."""
 
     def __init__(self, socket_path: str) -> None:
+        self.socket_path = socket_path
         self._mux = Mux(socket_path)
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
@@ -91,7 +92,7 @@ class ThreadChannel:
     def _connect(self) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.connect(self._mux.socket_path)
+            sock.connect(self.socket_path)
         except OSError as error:
             sock.close()
             self._mux.refuse(f"cannot connect: {error.strerror or error}")

@@ -59,13 +59,18 @@ class Deadlines(Generic[T]):
                 self._slices = list(self._buckets)
                 heapq.heapify(self._slices)
 
-    def due(self, now: float) -> list[T]:
-        """Take out and return the items whose time has come."""
+    def due(self, now: float, most: int | None = None) -> list[T]:
+        """Take out and return the items whose time has come, `most` of them if it is given."""
         found: list[T] = []
         while self._slices and self._slices[0] * SLICE <= now:
-            for item in self._buckets.pop(heapq.heappop(self._slices), ()):
+            bucket = self._buckets.get(self._slices[0], set())
+            while bucket and (most is None or len(found) < most):
+                item = bucket.pop()
                 del self._where[item]
                 found.append(item)
+            if bucket:
+                break
+            self._buckets.pop(heapq.heappop(self._slices), None)
         return found
 
     def next(self) -> float | None:

@@ -22,7 +22,7 @@ from .wire import Frame, FrameDecoder, Parts, WireError
 CODEC_TLV, CODEC_JSON = 1, 2
 """Codecs of a REQUEST's body beside `wire.CODEC_MSGPACK`: the whole message of its dialect."""
 
-STASH, STATUS, MANAGE = 0x10, 0x11, 0x12
+STASH, STATUS, MANAGE = wire.STASH, 0x11, 0x12
 """Message types of version 1 that the arbiter answers itself (``gunicorn/dirty/protocol.py``)."""
 
 MAX_NAME = 0xFFFF

@@ -37,7 +37,10 @@ def nobody() -> None:
 
 
 class Call:
-    """One call and what has come back for it. Raises `ValueError` for names that cannot be sent."""
+    """One call and what has come back for it. Raises `ValueError` for names that cannot be sent.
+
+    `kind` is REQUEST, or STASH for an operation on the stash, of which `body` is the whole message.
+    """
 
     __slots__ = (
         "action",
@@ -49,13 +52,23 @@ class Call:
         "end",
         "fault",
         "id",
+        "kind",
         "last",
         "names",
         "notify",
         "stream",
     )
 
-    def __init__(self, app: str, action: str, body: bytes, deadline: float, stream: bool) -> None:
+    def __init__(
+        self,
+        app: str,
+        action: str,
+        body: bytes,
+        deadline: float,
+        stream: bool,
+        kind: int = wire.REQUEST,
+    ) -> None:
+        self.kind = kind
         self.app = app
         self.action = action
         self.names = wire.pack_names(app, action)
@@ -187,8 +200,10 @@ class Mux:
         if self.phase is not Phase.OPEN:
             self.waiting[call] = None
             return None
-        flags = wire.FLAG_STREAM if call.stream else 0
-        envelope = wire.pack_envelope(call.names, call.deadline - now, flags)
+        envelope = b""
+        if call.kind == wire.REQUEST:
+            flags = wire.FLAG_STREAM if call.stream else 0
+            envelope = wire.pack_envelope(call.names, call.deadline - now, flags)
         size = len(envelope) + len(call.body)
         if size > self.max_message:
             call.fault = faults.message_too_large(
@@ -199,7 +214,7 @@ class Mux:
         self._last_id += 1
         call.id = self._last_id
         self._calls[call.id] = call
-        parts = self._send(wire.pack_request(call.id, envelope, call.body))
+        parts = self._send(wire.pack_request(call.id, envelope, call.body, call.kind))
         call.end = self._sent
         return parts
 

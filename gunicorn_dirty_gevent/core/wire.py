@@ -55,6 +55,7 @@ class Kind(enum.IntEnum):
     CREDIT = 0x07  # the reader took chunks: so many bytes more may be sent
     HELLO = 0x08  # first frame both ways on a client's link; the arbiter's carries its limits
     GOAWAY = 0x09  # arbiter: it ends, send new calls to the next one; client: nothing more comes
+    STASH = 0x10  # an operation on the stash, gunicorn's number; the arbiter itself answers
     CLASSES = 0x20  # worker: what the app classes declare
     READY = 0x21  # worker: apps are loaded; from now on it takes calls
     BLOCKED = 0x23  # worker: this call keeps the hub from running
@@ -70,6 +71,7 @@ CANCEL = int(Kind.CANCEL)
 CREDIT = int(Kind.CREDIT)
 HELLO = int(Kind.HELLO)
 GOAWAY = int(Kind.GOAWAY)
+STASH = int(Kind.STASH)
 CLASSES = int(Kind.CLASSES)
 READY = int(Kind.READY)
 BLOCKED = int(Kind.BLOCKED)
@@ -80,6 +82,9 @@ FLAG_STREAM = 0x01
 """Envelope flag: the caller iterates; without it an action that returns a generator is an error."""
 
 CODEC_MSGPACK = 0
+
+STASH_ADD, STASH_INCR, STASH_COMPARE_AND_SET = 0x21, 0x22, 0x23
+"""Stash operations beside gunicorn's, which end at 0x0A (``gunicorn/dirty/protocol.py``)."""
 
 
 class WireError(Exception):
@@ -153,10 +158,10 @@ def pack_envelope(names: bytes, budget: float, flags: int = 0, codec: int = 0) -
     return _LIMITS.pack(budget, flags, codec) + names
 
 
-def pack_request(call_id: int, envelope: bytes, body: bytes) -> Parts:
-    """A REQUEST frame."""
+def pack_request(call_id: int, envelope: bytes, body: bytes, kind: int = REQUEST) -> Parts:
+    """A REQUEST frame (or a STASH one, which has no envelope)."""
     size = len(envelope) + len(body)
-    header = _HEADER.pack(MAGIC, VERSION, REQUEST, size, call_id)
+    header = _HEADER.pack(MAGIC, VERSION, kind, size, call_id)
     if len(body) <= _JOIN_LIMIT:
         return (header + envelope + body,)
     return (header + envelope, body)

@@ -66,6 +66,7 @@ def test_kinds_that_gunicorn_has_are_gunicorns_and_ours_are_new():
         "ERROR",
         "CHUNK",
         "END",
+        "STASH",
     }
 
 
@@ -131,7 +132,7 @@ def test_garbage_only_ever_is_a_wire_error(frames, garbage, cuts):
         b"GD\x01" + GOOD[3:],
         b"GD\x03" + GOOD[3:],
         b"GD\x02\x00" + GOOD[4:],
-        b"GD\x02\x10" + GOOD[4:],  # gunicorn's STASH
+        b"GD\x02\x11" + GOOD[4:],  # gunicorn's STATUS
         b"GD\x02\xff" + GOOD[4:],
         wire.pack_frame(wire.CHUNK, 1, b"x" * 101)[: wire.HEADER_SIZE],
         b'\x00\x00\x00\x10{"app": "m:A"}',
