@@ -24,6 +24,7 @@ from gunicorn.dirty.app import parse_dirty_app_spec
 from . import process, settings
 from .core import wire
 from .listener import get_listener
+from .overview import Overview
 from .pool import Pool
 from .router import Router
 from .worker import DirtyWorker
@@ -59,16 +60,38 @@ class DirtyArbiter:
         self.pidfile = pidfile
         self.alive = True
         self.num_workers: int = cfg.dirty_workers
-        self.workers: dict[int, DirtyWorker] = {}
-        self.app_specs: dict[str, dict[str, Any]] = {}
+        self._workers: dict[int, DirtyWorker] = {}
+        self._app_specs: dict[str, dict[str, Any]] = {}
         for spec in cfg.dirty_apps:
             path, count = parse_dirty_app_spec(spec)
-            self.app_specs[path] = {"import_path": path, "worker_count": count, "original_spec": spec}
-        self.app_worker_map: dict[str, set[int]] = {path: set() for path in self.app_specs}
+            self._app_specs[path] = {"import_path": path, "worker_count": count, "original_spec": spec}
+        self._app_worker_map: dict[str, set[int]] = {path: set() for path in self._app_specs}
         self.settings = settings.current
         self._listener = get_listener(cfg)
         self.socket_path = self._listener.path
         self.tmpdir = self._listener.directory
+        self._overview = Overview(self.socket_path)
+
+    @property
+    def workers(self) -> dict[int, Any]:
+        """The dirty workers by pid; in the master, what the arbiter says of them."""
+        return self._overview.workers() if self.pid is None else self._workers
+
+    @property
+    def app_specs(self) -> dict[str, dict[str, Any]]:
+        """The dirty apps by import path; ``worker_count`` is the limit that holds, None for no limit."""
+        limits = self._overview.limits() if self.pid is None else self._pool.limits()
+        return {
+            path: {**spec, "worker_count": limits.get(path, spec["worker_count"])}
+            for path, spec in self._app_specs.items()
+        }
+
+    @property
+    def app_worker_map(self) -> dict[str, set[int]]:
+        """The pids of the workers of each app, in the same way."""
+        if self.pid is None:
+            return self._overview.app_workers(list(self._app_specs))
+        return self._app_worker_map
 
     def master_stops(self) -> None:
         """In the master, before it sends TERM: no arbiter will follow this one.
@@ -114,8 +137,8 @@ class DirtyArbiter:
         self._wake = Event()
         self._stop_by = math.inf
         self._hand_over_at = math.inf
-        self._router = Router(self, self.app_specs, self.settings, self._listener)
-        limits = {path: spec["worker_count"] for path, spec in self.app_specs.items()}
+        self._router = Router(self, self._app_specs, self.settings, self._listener)
+        limits = {path: spec["worker_count"] for path, spec in self._app_specs.items()}
         self._pool = Pool(self, limits, self._router, self.settings)
         if self._router.desk.restored:
             self.log.info("Restored the stash: %s tables", len(self._router.desk.stash.tables()))
@@ -225,7 +248,8 @@ class DirtyArbiter:
             "arbiter_pid": self.pid,
             "workers": self._pool.status(),
             "worker_count": len(self.workers),
-            "apps": list(self.app_specs),
+            "apps": list(self._app_specs),
+            "limits": self._pool.limits(),
         }
 
     def resize(self, change: int) -> tuple[int, int]:

@@ -140,7 +140,7 @@ class Desk:
             raise Refusal(faults.protocol(f"Unknown manage operation: {message['op']}", may_have_run=False))
         count = min(max(1, int(message.get("count", 1))), MAX_CHANGE)
         before, after = self._office.resize(count if adds else -count)
-        return {
+        told = {
             "success": True,
             "operation": "add" if adds else "remove",
             "requested": count,
@@ -148,6 +148,10 @@ class Desk:
             "total_workers": before,
             "target_workers": after,
         }
+        if before == after:
+            why = f"there are {after} dirty workers, and the apps in dirty_apps ask for no fewer"
+            told |= {"success": False, "error": why}
+        return told
 
 
 class _Question:

@@ -35,8 +35,12 @@ class Arbiter(Protocol):
 
     cfg: Any
     log: Any
-    workers: dict[int, DirtyWorker]
-    app_worker_map: dict[str, set[int]]
+
+    @property
+    def workers(self) -> dict[int, DirtyWorker]: ...
+
+    @property
+    def app_worker_map(self) -> dict[str, set[int]]: ...
 
 
 class _Member:
@@ -77,6 +81,10 @@ class Pool:
         wanted = self.roster.next_deadline()
         times = [self._weigh_at, *(member.kill_at for member in self._members.values())]
         return min(times if wanted is None else [wanted, *times])
+
+    def limits(self) -> dict[str, int | None]:
+        """In how many workers each app is loaded; None for all."""
+        return {path: self.roster.limit(path) for path in self._arbiter.app_worker_map}
 
     def status(self) -> list[dict[str, Any]]:
         """The workers, oldest first, as gunicorn's control interface has them."""

@@ -35,6 +35,7 @@ FROM_GUNICORN = {
     "codecs.py": {"gunicorn.dirty.tlv"},
     "desk.py": {"gunicorn.dirty.protocol"},
     "errors.py": {"gunicorn.dirty.errors"},
+    "overview.py": {"gunicorn.dirty.protocol"},
     "stash.py": {"gunicorn.dirty", "gunicorn.dirty.stash"},
     "worker.py": {"gunicorn.util"},
 }

@@ -1,4 +1,4 @@
-"""Stock clients, gunicorn's control interface and JSON, all on the one socket of a real gunicorn."""
+"""Stock clients and JSON, both on the one socket of a real gunicorn."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 import json
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +14,6 @@ from gunicorn.dirty.client import DirtyClient as StockClient
 from gunicorn.dirty.errors import DirtyAppError, DirtyNoWorkersAvailableError
 from gunicorn.dirty.stash import StashClient, StashError, StashTableNotFoundError
 from support.gunicorn import Gunicorn
-from support.waiting import wait_until
 
 TASKS = """
 import time
@@ -48,7 +45,7 @@ class Echo(DirtyApp):
 @pytest.fixture(scope="module")
 def server() -> Iterator[Gunicorn]:
     settings = {"dirty_apps": ["tasks:Echo"], "dirty_workers": 1, "dirty_threads": 8}
-    with Gunicorn(tasks_source=TASKS, settings=settings, control_socket=True) as running:
+    with Gunicorn(tasks_source=TASKS, settings=settings) as running:
         running.wait_log("Dirty worker ready")
         yield running
 
@@ -174,27 +171,6 @@ def test_json_stream_in_order(path: str) -> None:
             *({"type": "chunk", "id": "s", "data": f"chunk-{n}"} for n in range(3)),
             {"type": "end", "id": "s"},
         ]
-
-
-def _gunicornc(server: Gunicorn, *words: str) -> str:
-    command = [sys.executable, "-m", "gunicorn.ctl.cli", "-s", _control_path(server), "-c", " ".join(words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def _control_path(server: Gunicorn) -> str:
-    return str(server.dir / "gunicorn.ctl")
-
-
-def test_gunicornc_shows_and_resizes(server: Gunicorn) -> None:
-    text = _gunicornc(server, "show", "all")
-    assert str(server.dirty_worker_pids()[0]) in text
-    assert "Echo" in text
-    _gunicornc(server, "dirty", "add", "1")
-    wait_until(lambda: len(server.dirty_worker_pids()) == 2, 10, "a second dirty worker")
-    _gunicornc(server, "dirty", "remove", "1")
-    wait_until(lambda: len(server.dirty_worker_pids()) == 1, 10, "one dirty worker again")
 
 
 def test_overload_reaches_a_stock_client_as_its_own_class() -> None:
