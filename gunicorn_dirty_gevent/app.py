@@ -37,18 +37,13 @@ def describe_class(path: str) -> dict[str, Any]:
     }
 
 
-def load(path: str, finish: Callable[[Any, str], None]) -> DirtyApp:
-    """Instantiate an app and run its `init()`. Raises whatever goes wrong, with its real cause.
-
-    `finish` gets what `init()` returned, which is awaited where it can be, and a name for it.
-    """
+def load(path: str) -> DirtyApp:
+    """Import and instantiate an app. Raises whatever goes wrong, with its real cause."""
     module_name = path.partition(":")[0]
     # gunicorn's loader reports any ImportError as "app not found"; imported first, a missing
     # dependency of the module is reported by its own name.
     importlib.import_module(module_name)
-    app = load_dirty_app(path)
-    finish(app.init(), f"{path}.init")
-    return app
+    return load_dirty_app(path)
 
 
 def unknown_action(app: DirtyApp, action: str) -> str | None:

@@ -126,6 +126,7 @@ class DirtyArbiter:
             self._supervise()
         finally:
             if os.getppid() != self.ppid:
+                self.log.warning("Parent changed, shutting down dirty arbiter")
                 self._listener.remove()  # the master could not
             self.log.info("Dirty arbiter exiting (pid: %s)", self.pid)
 
@@ -190,12 +191,29 @@ class DirtyArbiter:
             elif number == signal.SIGUSR1:
                 self._reopen_logs()
                 self._pool.signal_all(signal.SIGUSR1)
-            elif number in (signal.SIGTTIN, signal.SIGTTOU):
-                self.resize(1 if number == signal.SIGTTIN else -1)
+            elif number == signal.SIGTTIN:
+                _, after = self._resize(1)
+                self.log.info("SIGTTIN: Increasing dirty workers to %s", after)
+            elif number == signal.SIGTTOU:
+                self._decrease()
             elif number != signal.SIGHUP:
                 self._stop(graceful=number == signal.SIGTERM)
             elif self.alive:
                 self._pool.reload()
+
+    def _decrease(self) -> None:
+        before, after = self._resize(-1)
+        if after < before:
+            self.log.info("SIGTTOU: Decreasing dirty workers to %s", after)
+        else:
+            message = "SIGTTOU: Cannot decrease below %s workers (required by app specs)"
+            self.log.warning(message, after)
+
+    def _resize(self, change: int) -> tuple[int, int]:
+        roster = self._pool.roster
+        before, after = roster.size, roster.resize(roster.size + change)
+        self.num_workers = after
+        return before, after
 
     def _reopen_logs(self) -> None:
         try:
@@ -254,14 +272,10 @@ class DirtyArbiter:
 
     def resize(self, change: int) -> tuple[int, int]:
         """Have so many workers more (or fewer); the numbers before and after."""
-        roster = self._pool.roster
-        before, after = roster.size, roster.resize(roster.size + change)
-        self.num_workers = after
-        if after == before:
-            message = "Cannot decrease below %s dirty workers (required by app specs)"
-            self.soon(partial(self.log.warning, message, after))
-        else:
-            self.soon(partial(self.log.info, "Dirty workers changed from %s to %s", before, after))
+        before, after = self._resize(change)
+        message = "Worker management: %s %d workers (spawned/removed: %d)"
+        what = ("add" if change > 0 else "remove", abs(change), abs(after - before))
+        self.soon(partial(self.log.info, message, *what))
         return before, after
 
     # For the router, in the main greenlet (but `soon`, which brings things there).

@@ -169,7 +169,8 @@ class Pool:
     def abort(self, key: int, why: str) -> None:
         """It is stuck: have it write its stacks and die."""
         if key in self._members:
-            self._kill(self._members[key], why, signal.SIGABRT)
+            self._log.critical("DIRTY WORKER TIMEOUT (pid:%s): %s; killing it", self._members[key].pid, why)
+            self._kill(self._members[key], signal.SIGABRT)
 
     # Processes.
 
@@ -189,7 +190,9 @@ class Pool:
                 if isinstance(action, roster.Retire):
                     self._retire(self._members[action.key], action.why)
                 else:
-                    self._kill(self._members[action.key], action.why, signal.SIGQUIT)
+                    member = self._members[action.key]
+                    self._log.warning("Killing dirty worker (pid: %s): %s", member.pid, action.why)
+                    self._kill(member, signal.SIGQUIT)
 
     def _spawn(self, spawn: roster.Spawn) -> None:
         try:
@@ -226,7 +229,7 @@ class Pool:
         self._router.finish_worker(member.key)
         now = time.monotonic()
         how = process.describe_status(status)
-        self._log_exit(member, status, how)
+        self._log_exit(member, status)
         del self._members[member.key]
         worker = self._arbiter.workers.pop(member.pid)
         for path in worker.app_paths:
@@ -237,17 +240,22 @@ class Pool:
         self._manage(self.roster.exited(member.key, now))
         self._hook(self._cfg.dirty_worker_exit, worker)
 
-    def _log_exit(self, member: _Member, status: int, how: str) -> None:
+    def _log_exit(self, member: _Member, status: int) -> None:
+        """In gunicorn's words, and what it cost."""
         lost = self._router.dispatcher.running_on(member.key)
-        if lost:
-            names = ", ".join(f"{app}.{action}" for app, action in lost[:10])
-            more = " ..." if len(lost) > 10 else ""
-            message = "Dirty worker (pid: %s) %s; calls it was running: %s (%s%s)"
-            self._log.error(message, member.pid, how, len(lost), names, more)
-        elif status:
-            self._log.warning("Dirty worker (pid: %s) %s", member.pid, how)
-        else:
-            self._log.info("Dirty worker exited (pid: %s)", member.pid)
+        names = ", ".join(f"{app}.{action}" for app, action in lost[:10]) + (" ..." if len(lost) > 10 else "")
+        cost = f"; calls it was running: {len(lost)} ({names})" if lost else ""
+        number = process.signal_of(status)
+        log = self._log.error if lost else self._log.warning
+        if number is not None:
+            what = process.describe_signal(number)
+            log("Dirty worker (pid:%s) killed by signal %s: %s%s", member.pid, number, what, cost)
+        elif status and not member.worker.booted:
+            how = process.describe_status(status)
+            self._log.error("Dirty worker failed to boot (pid:%s): it %s", member.pid, how)
+        elif status or lost:
+            log("Dirty worker (pid:%s) %s%s", member.pid, process.describe_status(status), cost)
+        self._log.info("Dirty worker exited (pid:%s)", member.pid)
 
     def _hook(self, hook: Any, worker: DirtyWorker) -> None:
         """A user's hook; its failure must not cost the workers their arbiter."""
@@ -269,8 +277,7 @@ class Pool:
         until = time.monotonic() + self._cfg.dirty_graceful_timeout + QUICK_TIME
         member.kill_at = min(member.kill_at, until)
 
-    def _kill(self, member: _Member, why: str, number: int) -> None:
-        self._log.warning("Killing dirty worker (pid: %s): %s", member.pid, why)
+    def _kill(self, member: _Member, number: int) -> None:
         member.worker.aborted = True
         process.kill(member.pid, number)
         member.kill_at = min(member.kill_at, time.monotonic() + ABORT_TIME)

@@ -253,11 +253,20 @@ def ended_by_request(status: int) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) in asking
 
 
+def signal_of(status: int) -> int | None:
+    """The number of the signal that ended a process, or None."""
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+
+
+def describe_signal(number: int) -> str:
+    """Its name; for SIGKILL also what most often sends it."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    return f"{name} (perhaps out of memory)" if number == signal.SIGKILL else name
+
+
 def describe_status(status: int) -> str:
     """How a process ended, in words that follow its name: "was killed by SIGSEGV"."""
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        hint = " (perhaps out of memory)" if number == signal.SIGKILL else ""
-        return f"was killed by {name}{hint}"
+    number = signal_of(status)
+    if number is not None:
+        return f"was killed by {describe_signal(number)}"
     return f"exited with code {os.WEXITSTATUS(status)}"

@@ -25,6 +25,7 @@ from .coroutines import Coroutines
 class Host(Protocol):
     """What a task needs of its worker."""
 
+    log: Any
     apps: dict[str, Any]
     traits: dict[str, AppTraits]
     coroutines: Coroutines
@@ -34,8 +35,6 @@ class Host(Protocol):
     def send(self, kind: int, call_id: int, payload: bytes) -> None: ...
 
     def ended(self, task: Task) -> None: ...
-
-    def log_error(self, message: str, *args: object) -> None: ...
 
 
 _END = object()
@@ -310,7 +309,7 @@ class Task:
         request = self.request
         fault = apps.error_fault(error, request.app, request.action)
         text = fault["details"]["traceback"]
-        self._host.log_error(
+        self._host.log.error(
             "Error executing %s.%s: %s\n%s", request.app, request.action, fault["message"], text
         )
         return fault
@@ -319,6 +318,9 @@ class Task:
         request = self.request
         seconds = math.inf if seconds is None else seconds
         own_limit = seconds >= self._limit
+        if own_limit:
+            message = "Execution timeout for %s.%s after %gs"
+            self._host.log.warning(message, request.app, request.action, seconds)
         return faults.stopped_by_timeout(
             request.app, request.action, seconds, int(self._host.pid), own_limit=own_limit
         )

@@ -89,7 +89,7 @@ class DirtyWorker:
             self._flush()
             self._close_apps()
             self._flush()
-            self.log.info("Dirty worker exiting (pid: %s)", self.pid)
+            self.log.info("Dirty worker %s exiting", self.pid)
         if not self.booted:
             raise SystemExit(process.EXIT_ERROR)
 
@@ -100,7 +100,9 @@ class DirtyWorker:
             if path in self.failed or not self.alive:
                 continue
             try:
-                app = apps.load(path, self._finish)
+                app = apps.load(path)
+                self.log.debug("Loaded dirty app: %s", path)
+                self._finish(app.init(), f"{path}.init")
                 self.traits[path] = apps.traits(type(app), apps.task_limit(self.cfg))
                 self.apps[path] = app
                 self.log.info("Initialized dirty app: %s (pid: %s)", path, self.pid)
@@ -265,9 +267,6 @@ class DirtyWorker:
         del self._tasks[task.call_id]
         if self._draining and not self._tasks:
             self._wake_up()
-
-    def log_error(self, message: str, *args: object) -> None:
-        self.log.error(message, *args)
 
 
 def _plain(traits: AppTraits) -> dict[str, Any]:

@@ -414,7 +414,7 @@ def test_a_coroutine_that_never_gives_in_ends_with_its_worker(action: str) -> No
         told = failure(server, "/call", action, app="tasks:Spinner")
         assert told["error"] == "DirtyTimeoutError"
         assert "is killed" in told["message"]
-        server.wait_log(r"Killing dirty worker")
+        server.wait_log(r"DIRTY WORKER TIMEOUT")
         assert ask(server, "pid", app="tasks:Spinner") != first
 
 

@@ -48,4 +48,4 @@ def test_a_call_that_computes_within_its_limit_does_not_lose_its_worker() -> Non
             assert beside.json()["error"] == "DirtyTimeoutError"
             assert "tasks:App.compute keeps the hub" in beside.json()["message"]
         assert gunicorn.get("/call?action=pid").json() == {"value": worker}
-        assert "Killing dirty worker" not in gunicorn.log_text()
+        assert "DIRTY WORKER TIMEOUT" not in gunicorn.log_text()

@@ -239,13 +239,13 @@ def test_ttin_and_ttou_resize_but_not_below_what_an_app_needs(pool: Gunicorn) ->
     mark = pool.mark()
     with Load(pool, echo, 2) as load:
         pool.kill(arbiter, signal.SIGTTIN)
-        pool.wait_log("Dirty workers changed from 2 to 3", since=mark)
+        pool.wait_log("SIGTTIN: Increasing dirty workers to 3", since=mark)
         assert set(before) < set(wait_ready(pool, 3))
         pool.kill(arbiter, signal.SIGTTOU)
-        pool.wait_log("Dirty workers changed from 3 to 2", since=mark)
+        pool.wait_log("SIGTTOU: Decreasing dirty workers to 2", since=mark)
         after = wait_ready(pool, 2)
         pool.kill(arbiter, signal.SIGTTOU)
-        pool.wait_log(r"Cannot decrease below 2 dirty workers \(required by app specs\)", since=mark)
+        pool.wait_log(r"SIGTTOU: Cannot decrease below 2 workers \(required by app specs\)", since=mark)
         load.more(20)
         assert wait_ready(pool, 2) == after
     load.assert_all_echoed()
@@ -482,7 +482,7 @@ def test_usr1_reopens_the_log_in_every_dirty_process() -> None:
         for pid in workers:
             gunicorn.wait_log(rf"\[{pid}\] \[ERROR\] Error executing {APP}\.fail: after USR1 \d")
         os.kill(dirty[0], signal.SIGTTIN)
-        gunicorn.wait_log(rf"\[{dirty[0]}\].*Dirty workers changed from 2 to 3")
+        gunicorn.wait_log(rf"\[{dirty[0]}\].*SIGTTIN: Increasing dirty workers to 3")
         # Also what C code writes when it ends.
         os.kill(workers[0], signal.SIGABRT)
         gunicorn.wait_log("Fatal Python error: Aborted")

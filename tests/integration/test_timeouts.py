@@ -357,7 +357,7 @@ def test_a_worker_stuck_in_c_is_killed_and_replaced(pool: Gunicorn, action: str)
     pool.wait_gone(before[0])
     pool.wait_log("Fatal Python error: Aborted", since=mark)
     pool.wait_log(rf'File ".*tasks\.py", line \d+ in {action}', since=mark)
-    pool.wait_log(rf"Killing dirty worker \(pid: {before[0]}\): {APP}.{action} ran past", since=mark)
+    pool.wait_log(rf"DIRTY WORKER TIMEOUT \(pid:{before[0]}\): {APP}.{action} ran past", since=mark)
     assert wait_ready(pool, 1) == [after[0]]
 
 

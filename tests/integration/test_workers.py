@@ -237,7 +237,7 @@ def test_a_killed_worker_costs_its_own_calls_only(pool: Gunicorn) -> None:
     assert f"{EVERYWHERE}.hold" in said.message
     assert said.may_have_run is True
     assert said.elapsed < 10
-    pool.wait_log(rf"Dirty worker \(pid: {victim}\) was killed by SIGKILL")
+    pool.wait_log(rf"Dirty worker \(pid:{victim}\) killed by signal 9: SIGKILL")
     now = wait_ready(pool, 3)
     assert victim not in now
     assert len(set(now) & set(workers)) == 2
