@@ -263,6 +263,7 @@ class DirtyArbiter:
     def status(self) -> dict[str, Any]:
         """What ``gunicornc`` shows; the keys are gunicorn's."""
         return {
+            "implementation": "gunicorn_dirty_gevent",  # our clients tell us from a stock arbiter by it
             "arbiter_pid": self.pid,
             "workers": self._pool.status(),
             "worker_count": len(self.workers),

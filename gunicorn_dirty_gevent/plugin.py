@@ -21,22 +21,35 @@ from typing import Any
 _TARGET = "gunicorn.dirty"
 
 
-def install(**options: float) -> None:
+_with_arbiter = True
+"""Whether `install` puts our arbiter in place too."""
+
+
+def install(*, arbiter: bool = True, **options: float) -> None:
     """Put this library's dirty arbiter and client in the place of gunicorn's.
 
     To be called from gunicorn's configuration file. Installing twice does nothing more; options
     given again hold for the next dirty arbiter.
 
+    `arbiter=False` puts only the client in place and leaves the dirty arbiter and its workers to
+    gunicorn: greenlets no longer share a socket, and their calls run at once as far as stock's workers do.
+
     Options (see `gunicorn_dirty_gevent.settings.Settings` for meaning, unit, default and reason):
     `queue_size`, `queue_bytes`, `calls_per_connection`, `unread_bytes`, `max_message_size`,
     `stash_size`, `backlog`, `max_requests`, `max_requests_jitter`, `max_memory`, `hub_blocked_after`.
 
-    Raises `TypeError` for an unknown option and `ValueError` for a value out of range.
+    Raises `TypeError` for an unknown option, or one that gunicorn's own arbiter would not know, and
+    `ValueError` for a value out of range.
     """
+    global _with_arbiter
+    if not arbiter and options.keys() - {"calls_per_connection"}:
+        names = ", ".join(sorted(options.keys() - {"calls_per_connection"}))
+        raise TypeError(f"install(arbiter=False) leaves the arbiter to gunicorn, which has no {names}")
     if options:
         from . import settings
 
         settings.current = settings.Settings(**options)  # type: ignore[arg-type]
+    _with_arbiter = arbiter
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     if _TARGET in sys.modules:
@@ -44,15 +57,18 @@ def install(**options: float) -> None:
 
 
 def _replace(dirty: Any) -> None:
-    from .arbiter import DirtyArbiter
     from .client import DirtyClient
     from .client.stash import StashClient, StashTable
 
-    dirty.DirtyArbiter = DirtyArbiter
     dirty.DirtyClient = DirtyClient
     dirty.client.DirtyClient = DirtyClient
     dirty.StashClient = dirty.stash.StashClient = StashClient
     dirty.StashTable = dirty.stash.StashTable = StashTable
+    if not _with_arbiter:
+        return
+    from .arbiter import DirtyArbiter
+
+    dirty.DirtyArbiter = DirtyArbiter
     gunicorn_arbiter = sys.modules.get("gunicorn.arbiter")
     if gunicorn_arbiter is not None:
         _join_master(gunicorn_arbiter)

@@ -31,6 +31,7 @@ FROM_GUNICORN = {
     "app.py": {"gunicorn.dirty.app"},
     "arbiter.py": {"gunicorn.dirty.app", "gunicorn.util"},
     "client/client.py": {"gunicorn.dirty.client"},
+    "client/stock.py": {"gunicorn.dirty.protocol", "gunicorn.dirty.tlv"},
     "client/stash.py": {"gunicorn.dirty.errors", "gunicorn.dirty.protocol", "gunicorn.dirty.stash"},
     "codecs.py": {"gunicorn.dirty.tlv"},
     "desk.py": {"gunicorn.dirty.protocol"},

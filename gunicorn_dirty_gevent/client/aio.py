@@ -8,9 +8,12 @@ import time
 import weakref
 from typing import Any
 
-from ..core.mux import Call, Mux, Phase, nobody
+from ..core.mux import Call, Mux, Phase
 from ..core.wire import FrameDecoder, Parts, WireError
+from . import stock_loop
 from .results import timed_out, wait_time
+from .stock_loop import StockLoopChannel
+from .stock_loop import wait_for_news as _wait
 
 RETRY_PAUSE = 0.05
 """Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
@@ -22,6 +25,7 @@ class LoopChannel(asyncio.Protocol):
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
+        self.stock: StockLoopChannel | None = None
         self._mux = Mux(socket_path)
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -44,14 +48,16 @@ class LoopChannel(asyncio.Protocol):
 
     async def wait(self, call: Call, seconds: float) -> None:
         """Wait until something has arrived for the call, or the time is up."""
-        arrived = self._loop.create_future()
-        call.notify = lambda: None if arrived.done() else arrived.set_result(None)
-        try:
-            await asyncio.wait_for(arrived, None if seconds == float("inf") else seconds)
-        except asyncio.TimeoutError:
-            pass
-        finally:
-            call.notify = nobody
+        await _wait(call, seconds)
+
+    async def find_stock(self, seconds: float) -> StockLoopChannel | None:
+        """Find out whether the arbiter there is a stock one."""
+        if self.stock is None and await stock_loop.probe(self.socket_path, seconds):
+            self.stock = self.stock or StockLoopChannel(self.socket_path, self._lost_stock)
+        return self.stock
+
+    def _lost_stock(self) -> None:
+        self.stock = None  # the next one may be of either kind
 
     def take_chunk(self, call: Call) -> bytes:
         payload, credit = self._mux.take_chunk(call)
@@ -70,6 +76,8 @@ class LoopChannel(asyncio.Protocol):
             self._loop.call_soon_threadsafe(self.cancel, call)
 
     def close(self) -> None:
+        if self.stock is not None:
+            self.stock.close()
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
@@ -162,16 +170,32 @@ def get(socket_path: str) -> LoopChannel:
 
 async def perform(channel: LoopChannel, call: Call, timeout: float | None) -> None:
     """`channels.perform` for asyncio."""
+    carrier: LoopChannel | StockLoopChannel = channel.stock or channel
     try:
-        channel.start(call)
+        carrier.start(call)
         while not call.done:
             seconds = wait_time(call)
             if seconds <= 0:
                 raise timed_out(call, timeout, channel.socket_path)
-            await channel.wait(call, seconds)
+            await carrier.wait(call, seconds)
+            if call.unheard:
+                carrier = await switched(channel, call)
     finally:
         if not call.done:
-            channel.cancel(call)
+            carrier.cancel(call)
+
+
+async def switched(channel: LoopChannel, call: Call) -> LoopChannel | StockLoopChannel:
+    """`channels.switched` for asyncio."""
+    call.unheard = False
+    if call.done or call.id:
+        return channel
+    stock = await channel.find_stock(wait_time(call))
+    if stock is None or call.done or call.id:
+        return channel
+    channel.cancel(call)
+    stock.start(call)
+    return stock
 
 
 def release(socket_path: str) -> None:

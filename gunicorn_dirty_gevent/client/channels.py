@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from gevent import get_hub
@@ -20,10 +21,11 @@ from gevent.monkey import get_original, is_module_patched
 
 from ..core.mux import Call
 from .results import timed_out, wait_time
+from .stock import StockChannel
 
 
-class Channel(Protocol):
-    """A connection with many calls on it, made when it is needed and made again when it is lost."""
+class Carrier(Protocol):
+    """What carries calls to an arbiter."""
 
     socket_path: str
 
@@ -33,9 +35,6 @@ class Channel(Protocol):
     def wait(self, call: Call, seconds: float) -> None:
         """Wait until something has arrived for the call, or the time is up."""
 
-    def event(self) -> Any:
-        """An event of the kind that waits here: `set()`, `wait(seconds)`."""
-
     def take_chunk(self, call: Call) -> bytes:
         """The next chunk of a call that has one."""
 
@@ -44,6 +43,22 @@ class Channel(Protocol):
 
     def drop(self, call: Call) -> None:
         """`cancel`, from a finalizer: in any thread, at any moment."""
+
+
+class Channel(Carrier, Protocol):
+    """A connection with many calls on it, made when it is needed and made again when it is lost."""
+
+    stock: StockChannel | None
+    """Where calls go while the arbiter there is a stock one."""
+
+    def find_stock(self, seconds: float) -> StockChannel | None:
+        """Find out whether it is, in so many seconds."""
+
+    def spawn(self, run: Callable[[], None]) -> None:
+        """Run it beside, in a greenlet or thread."""
+
+    def event(self) -> Any:
+        """An event of the kind that waits here: `set()`, `wait(seconds)`."""
 
     def close(self) -> None:
         """Close the connection; calls on it end with an error."""
@@ -92,16 +107,32 @@ def perform(channel: Channel, call: Call, timeout: float | None) -> None:
 
     `timeout` is what an error says of the time it had.
     """
+    carrier: Carrier = channel.stock or channel
     try:
-        channel.start(call)
+        carrier.start(call)
         while not call.done:
             seconds = wait_time(call)
             if seconds <= 0:
                 raise timed_out(call, timeout, channel.socket_path)
-            channel.wait(call, seconds)
+            carrier.wait(call, seconds)
+            if call.unheard:
+                carrier = switched(channel, call)
     finally:
         if not call.done:
-            channel.cancel(call)
+            carrier.cancel(call)
+
+
+def switched(channel: Channel, call: Call) -> Carrier:
+    """What carries on a call that nobody has heard yet: the same, unless the arbiter is a stock one."""
+    call.unheard = False
+    if call.done or call.id:
+        return channel
+    stock = channel.find_stock(wait_time(call))
+    if stock is None or call.done or call.id:  # meanwhile it may have been heard
+        return channel
+    channel.cancel(call)
+    stock.start(call)
+    return stock
 
 
 def release(client: Any) -> None:

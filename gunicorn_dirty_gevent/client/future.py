@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core import faults
 from ..core.mux import Call
-from ..errors import error_from_fault
+from ..errors import DirtyError, error_from_fault
 from . import channels
 from .results import result, timed_out, wait_time
 
@@ -20,8 +20,32 @@ class DirtyFuture:
         self._channel = channel
         self._call = call
         self._ended = channel.event()
-        call.notify = self._ended.set
-        channel.start(call)
+        call.notify = self._on_news
+        if channel.stock is None:
+            channel.start(call)
+        else:
+            channel.spawn(self._perform)
+
+    def _on_news(self) -> None:
+        if self._call.unheard and not self._call.done:
+            self._call.unheard = False
+            self._channel.spawn(self._fall_back)
+        elif self._call.done:
+            self._ended.set()
+
+    def _fall_back(self) -> None:
+        """Nobody has heard the call yet: the arbiter may be a stock one."""
+        if self._channel.find_stock(wait_time(self._call)) is not None and not self._call.id:
+            self._channel.cancel(self._call)
+            self._perform()
+
+    def _perform(self) -> None:
+        """With a stock arbiter somebody has to read the call's own connection."""
+        try:
+            channels.perform(self._channel, self._call, self._client.timeout)
+        except DirtyError:
+            pass  # `get` looks at the time itself
+        self._ended.set()
 
     def done(self) -> bool:
         """Whether `get` would return (or raise) at once."""
@@ -53,5 +77,7 @@ class DirtyFuture:
             return False
         self._channel.cancel(self._call)
         self._call.fault = faults.cancelled(self._call.app, self._call.action, sent=self._call.id != 0)
+        if self._channel.stock is not None:
+            self._channel.stock.cancel(self._call)
         self._ended.set()
         return True

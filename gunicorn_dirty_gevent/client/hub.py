@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import _socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gevent
 from gevent.event import Event
 from gevent.hub import Waiter
+from gevent.lock import BoundedSemaphore
+from gevent.socket import socket as _GeventSocket
 
 from ..core.mux import Call, Mux, Phase, nobody
 from ..core.wire import Frame, FrameDecoder
 from ..link import Link
+from .stock import StockChannel, probe
 
 RETRY_PAUSE = 0.05
 """Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
@@ -24,6 +28,7 @@ class HubChannel:
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
+        self.stock: StockChannel | None = None
         self._mux = Mux(socket_path)
         self._link: Link | None = None
         self._loop: Any = gevent.get_hub().loop
@@ -64,6 +69,17 @@ class HubChannel:
                 timer.stop()
                 timer.close()
 
+    def find_stock(self, seconds: float) -> StockChannel | None:
+        if self.stock is None and probe(self.socket_path, _unix_socket, seconds):
+            self.stock = StockChannel(self.socket_path, _unix_socket, BoundedSemaphore, self._lost_stock)
+        return self.stock
+
+    def _lost_stock(self) -> None:
+        self.stock = None  # the next one may be of either kind
+
+    def spawn(self, run: Callable[[], None]) -> None:
+        gevent.spawn(run)
+
     def event(self) -> Event:
         return Event()
 
@@ -85,6 +101,8 @@ class HubChannel:
             pass
 
     def close(self) -> None:
+        if self.stock is not None:
+            self.stock.close()
         if self._link is not None:
             link, self._link = self._link, None
             link.close()
@@ -93,11 +111,13 @@ class HubChannel:
 
     def forget(self) -> None:
         """The hub is gone, and its loop with it."""
+        self.stock = None
         if self._link is not None:
             self._link.sock.close()
             self._link = None
 
     def abandon(self) -> None:
+        self.stock = None
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -159,3 +179,7 @@ class HubChannel:
         self._mux.lost(reason, link.flushed)
         if self._mux.waiting:
             self._connect_soon(0.0 if greeted else RETRY_PAUSE)
+
+
+def _unix_socket() -> Any:
+    return _GeventSocket(_socket.AF_UNIX, _socket.SOCK_STREAM)

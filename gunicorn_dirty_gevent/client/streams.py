@@ -79,8 +79,9 @@ class _Stream:
 class DirtyStream(_Stream):
     """The chunks of one stream, in order. An iterator; also a context manager that closes it."""
 
-    def _find_channel(self) -> channels.Channel:
-        return channels.get(self._client)
+    def _find_channel(self) -> channels.Carrier:
+        channel = channels.get(self._client)
+        return channel.stock or channel
 
     def __iter__(self) -> DirtyStream:
         return self
@@ -93,6 +94,8 @@ class DirtyStream(_Stream):
             idle_at = time.monotonic() + self._idle
             while not call.chunks and not call.done:
                 self._channel.wait(call, self._wait_time(call, idle_at))
+                if call.unheard:
+                    self._channel = channels.switched(self._channel, call)
             chunk = self._take(call)
         except BaseException:
             # Also when the reader is killed while it waits: there is no one to come back.
@@ -116,8 +119,9 @@ class DirtyStream(_Stream):
 class DirtyAsyncStream(_Stream):
     """`DirtyStream` for ``async for`` and ``async with``."""
 
-    def _find_channel(self) -> aio.LoopChannel:
-        return aio.get(self._client.socket_path)
+    def _find_channel(self) -> Any:
+        channel = aio.get(self._client.socket_path)
+        return channel.stock or channel
 
     def __aiter__(self) -> DirtyAsyncStream:
         return self
@@ -130,6 +134,8 @@ class DirtyAsyncStream(_Stream):
             idle_at = time.monotonic() + self._idle
             while not call.chunks and not call.done:
                 await self._channel.wait(call, self._wait_time(call, idle_at))
+                if call.unheard:
+                    self._channel = await aio.switched(self._channel, call)
             chunk = self._take(call)
         except BaseException:
             self._end()

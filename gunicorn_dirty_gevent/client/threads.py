@@ -8,9 +8,11 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from ..core.mux import Call, Mux, Phase, nobody
 from ..core.wire import FrameDecoder, Parts, WireError
+from .stock import StockChannel, probe
 
 READ_SIZE = 262144
 """Bytes per read, as in `gunicorn_dirty_gevent.link`."""
@@ -24,6 +26,7 @@ class ThreadChannel:
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
+        self.stock: StockChannel | None = None
         self._mux = Mux(socket_path)
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
@@ -51,6 +54,19 @@ class ThreadChannel:
         finally:
             call.notify = nobody
 
+    def find_stock(self, seconds: float) -> StockChannel | None:
+        if self.stock is None and probe(self.socket_path, _unix_socket, seconds):
+            made = StockChannel(self.socket_path, _unix_socket, threading.BoundedSemaphore, self._lost_stock)
+            with self._lock:
+                self.stock = self.stock or made  # other threads find out at the same time
+        return self.stock
+
+    def _lost_stock(self) -> None:
+        self.stock = None  # the next one may be of either kind
+
+    def spawn(self, run: Callable[[], None]) -> None:
+        threading.Thread(target=run, name="dirty-call", daemon=True).start()
+
     def event(self) -> threading.Event:
         return threading.Event()
 
@@ -72,6 +88,9 @@ class ThreadChannel:
         threading.Thread(target=self.cancel, args=(call,), daemon=True).start()
 
     def close(self) -> None:
+        stock = self.stock
+        if stock is not None:
+            stock.close()
         with self._lock:
             sock, self._sock = self._sock, None
             if sock is not None:
@@ -83,6 +102,7 @@ class ThreadChannel:
         """Never called: this channel is no single thread's."""
 
     def abandon(self) -> None:
+        self.stock = None
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -90,7 +110,7 @@ class ThreadChannel:
     # The connection; all of it under the lock.
 
     def _connect(self) -> None:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = _unix_socket()
         try:
             sock.connect(self.socket_path)
         except OSError as error:
@@ -154,3 +174,7 @@ class ThreadChannel:
         with self._lock:
             if self._mux.waiting and self._mux.phase is Phase.DOWN:
                 self._connect()
+
+
+def _unix_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

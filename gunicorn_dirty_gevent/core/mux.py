@@ -57,6 +57,7 @@ class Call:
         "names",
         "notify",
         "stream",
+        "unheard",
     )
 
     def __init__(
@@ -80,6 +81,7 @@ class Call:
         self.chunks: deque[bytes] = deque()
         self.consumed = 0
         self.last: Frame | None = None  # RESPONSE, ERROR or END
+        self.unheard = False  # it waits, and a link ended before the arbiter said hello
         self.fault: Fault | None = None  # what the mux itself has to say
         self.notify: Callable[[], None] = nobody
 
@@ -168,7 +170,7 @@ class Mux:
         Calls whose request was not handed over whole have certainly not run: they wait for the next
         link. The others end.
         """
-        self.phase = Phase.DOWN
+        greeting, self.phase = self.phase is Phase.GREETING, Phase.DOWN
         # Those that wait again come first: callers that are told may start new calls, and cancel any.
         unsent = [call for call in self._calls.values() if call.end > flushed]
         for call in unsent:
@@ -178,6 +180,15 @@ class Mux:
         for call in list(self._calls.values()):
             if self._calls.pop(call.id, None) is not None:
                 self._fail(call, reason, sent=True)
+        if greeting:
+            self._tell_unheard()
+
+    def _tell_unheard(self) -> None:
+        """The other side may be none that speaks as we do: callers that can find out shall."""
+        for call in list(self.waiting):
+            if call in self.waiting:
+                call.unheard = True
+                call.notify()
 
     def refuse(self, reason: str) -> None:
         """No link can be made: the waiting calls end."""

@@ -1,0 +1,298 @@
+"""Our client with gunicorn's own dirty arbiter: one connection for each call in flight.
+
+A stock arbiter reads a connection's next message when it has answered the last one, so calls that
+share a connection wait for each other; and an answer that nobody waited for would be the next
+caller's. So each call has a connection to itself. One that answered its call whole is kept for
+another call; one whose call was given up is closed.
+
+Which arbiter it is shows on connecting: a stock one hangs up on our HELLO (and logs "Client connection
+error" once), and answers a STATUS message. One that is being replaced may hang up too, but what
+answers then says that it is ours.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gunicorn.dirty import protocol
+from gunicorn.dirty.tlv import TLVEncoder
+
+from .. import settings
+from ..core import faults, values, wire
+from ..core.mux import Call
+from ..core.wire import Frame, FrameDecoder
+
+MAX_OPEN = 256
+"""Connections at once to one stock arbiter from one process: it forks few workers and runs one call in
+each, so more would only wait there. Further calls wait here, within their own time."""
+
+MAX_IDLE = 16
+"""Connections kept for the next calls."""
+
+PROBE_TIME = 5.0
+"""Seconds for an arbiter to answer what it is."""
+
+READ_SIZE = 65536
+
+_KINDS = frozenset((wire.RESPONSE, wire.ERROR, wire.CHUNK, wire.END))
+
+_STASH_ERRORS = {"Key not found": "StashKeyNotFoundError", "Table not found": "StashTableNotFoundError"}
+"""What a stock arbiter means: its messages do not name the classes."""
+
+_NOT_RUN = ("DirtyAppNotFoundError", "DirtyNoWorkersAvailableError")
+
+MakeSocket = Callable[[], Any]
+
+
+class Unencodable(Exception):
+    """The call cannot be written in gunicorn's own encoding."""
+
+
+def request(call: Call) -> bytes:
+    """A call as gunicorn's own client writes it. Raises `Unencodable`."""
+    try:
+        if call.kind == wire.STASH:
+            return _stash_request(values.loads(call.body))
+        args, kwargs = values.loads_call(call.body)
+        return bytes(protocol.BinaryProtocol.encode_request(1, call.app, call.action, args, kwargs))
+    except Unencodable:
+        raise
+    except Exception as error:
+        raise Unencodable(f"gunicorn's own encoding has no form for it ({error})") from error
+
+
+def _stash_request(message: dict[str, Any]) -> bytes:
+    operation, table = message["op"], message["table"]
+    if operation > protocol.STASH_OP_EXISTS or message.get("ttl") is not None:
+        raise Unencodable("gunicorn's own dirty arbiter has no add, incr, compare_and_set and ttl")
+    value = values.loads(message["value"])
+    arguments = {"key": message.get("key"), "value": value, "pattern": message.get("pattern")}
+    return bytes(protocol.BinaryProtocol.encode_stash(1, operation, table, **arguments))
+
+
+def decoder() -> FrameDecoder:
+    """For what a stock arbiter sends."""
+    return FrameDecoder(protocol.MAX_MESSAGE_SIZE, version=1, kinds=_KINDS)
+
+
+def take(call: Call, frame: Frame) -> None:
+    """What a frame says is the call's, in the form that our own arbiter sends."""
+    kind, _, payload = frame
+    told = TLVEncoder.decode_full(payload) if payload else {}
+    if kind == wire.CHUNK:
+        call.chunks.append(values.dumps(told.get("data"), "chunk"))
+    elif kind == wire.ERROR:
+        call.last = Frame(kind, 0, values.dumps(_fault(call, told.get("error")), "error"))
+    else:
+        call.last = Frame(kind, 0, values.dumps(told.get("result"), "result"))
+
+
+def _fault(call: Call, told: Any) -> faults.Fault:
+    error: dict[str, Any] = told if isinstance(told, dict) else {"message": str(told)}
+    message = str(error.get("message", "Unknown error"))
+    details: dict[str, Any] = {**(error.get("details") or {})}
+    details["may_have_run"] = error.get("error_type") not in _NOT_RUN
+    if call.kind == wire.STASH:
+        name = next((name for words, name in _STASH_ERRORS.items() if message.startswith(words)), None)
+        details["stash_error"] = name
+    return {"error_type": error.get("error_type", "DirtyError"), "message": message, "details": details}
+
+
+def is_stock(answer: Frame) -> bool:
+    """Whether an answer to `STATUS_REQUEST` is a stock arbiter's. (Older ones know no STATUS and answer
+    with an error.)"""
+    if answer.kind != wire.RESPONSE:
+        return True
+    result = TLVEncoder.decode_full(answer.payload).get("result")
+    return not (isinstance(result, dict) and "implementation" in result)
+
+
+STATUS_REQUEST = wire.pack_frame(protocol.MSG_TYPE_STATUS, 1, TLVEncoder.encode({}), version=1)
+
+
+class _Connection:
+    """A socket and what has been read of it."""
+
+    def __init__(self, sock: Any) -> None:
+        self.sock = sock
+        self.decoder = decoder()
+
+    def is_fresh(self) -> bool:
+        """Whether the other side is still there, and has sent nothing that nobody asked for."""
+        try:
+            self.sock.settimeout(0)
+            self.sock.recv(1, 0x2)  # MSG_PEEK
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def close(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)  # another thread may be reading
+        except OSError:
+            pass
+        self.sock.close()
+
+    def read(self, until: float) -> list[Frame]:
+        """Frames; none when the time is up. Raises an error when there will be no more."""
+        self.sock.settimeout(max(until - time.monotonic(), 0.001))
+        try:
+            data = self.sock.recv(READ_SIZE)
+        except TimeoutError:
+            return []
+        if not data:
+            raise ConnectionResetError("the other side closed the connection")
+        self.decoder.receive_data(data)
+        return self.decoder.frames()
+
+
+class StockChannel:
+    """See `client.channels.Carrier`. The caller's own greenlet or thread reads its connection.
+
+    `make_socket` and `make_semaphore` decide how it waits.
+    """
+
+    def __init__(self, socket_path: str, make_socket: MakeSocket, make_semaphore: Any, lost: Any) -> None:
+        self.socket_path = socket_path
+        self._make_socket = make_socket
+        self._room = make_semaphore(MAX_OPEN)
+        self._lost = lost
+        self._idle: list[_Connection] = []
+        self._busy: dict[Call, _Connection] = {}
+        self._waiting = 0
+
+    def start(self, call: Call) -> None:
+        try:
+            data = request(call)
+        except Unencodable as error:
+            message = f"{call.app}.{call.action} was not sent: {error}"
+            call.fault = faults.fault("DirtyEncodeError", message, may_have_run=False)
+            return
+        if not self._enter(call):
+            return
+        try:
+            self._busy[call] = connection = self._connection(call.deadline)
+            connection.sock.settimeout(_seconds(call.deadline))
+            call.id = 1
+            connection.sock.sendall(data)
+        except OSError as error:
+            sent = call in self._busy
+            self._fail(call, str(error.strerror or error), sent=sent)
+            if not sent:
+                self._room.release()
+        except BaseException:
+            if call not in self._busy:
+                self._room.release()
+            raise
+
+    def _enter(self, call: Call) -> bool:
+        """Wait for room for one more connection. False: the call has ended instead."""
+        limit = settings.current.calls_per_connection
+        if self._waiting >= limit:
+            what = f"{limit} calls wait for a connection to the dirty arbiter (calls_per_connection)"
+            call.fault = faults.overloaded(call.app, what)
+            return False
+        began = time.monotonic()
+        self._waiting += 1
+        try:
+            if self._room.acquire(timeout=_seconds(call.deadline)):
+                return True
+        finally:
+            self._waiting -= 1
+        why = f"all {MAX_OPEN} connections to the dirty arbiter were in use"
+        call.fault = faults.queue_timeout(call.app, call.action, time.monotonic() - began, why)
+        return False
+
+    def wait(self, call: Call, seconds: float) -> None:
+        connection = self._busy.get(call)
+        if connection is None or call.chunks:
+            return
+        try:
+            frames = connection.read(time.monotonic() + min(seconds, 1e6))
+            for frame in frames:
+                take(call, frame)
+        except Exception as error:  # of the socket, or of bytes that are no answer
+            self._fail(call, str(error), sent=True)
+        if call.last is not None:
+            self._end(call, keep=True)
+
+    def take_chunk(self, call: Call) -> bytes:
+        return call.chunks.popleft()
+
+    def cancel(self, call: Call) -> None:
+        self._end(call, keep=False)
+
+    def drop(self, call: Call) -> None:
+        """From a finalizer: in any thread, at any moment. The socket goes with the last reference."""
+        if self._busy.pop(call, None) is not None:
+            self._room.release()
+
+    def close(self) -> None:
+        for call in list(self._busy):
+            self._fail(call, "this client closed the connection", sent=True)
+        while (connection := self._pop_idle()) is not None:
+            connection.close()
+
+    def _connection(self, deadline: float) -> _Connection:
+        while (connection := self._pop_idle()) is not None:
+            if connection.is_fresh():
+                return connection
+            connection.close()
+            self._lost()
+        sock = self._make_socket()
+        try:
+            sock.settimeout(_seconds(deadline))
+            sock.connect(self.socket_path)
+        except BaseException:
+            sock.close()
+            raise
+        return _Connection(sock)
+
+    def _pop_idle(self) -> _Connection | None:
+        try:
+            return self._idle.pop()
+        except IndexError:  # another thread may have been quicker
+            return None
+
+    def _fail(self, call: Call, reason: str, *, sent: bool) -> None:
+        self._lost()
+        call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+        self._end(call, keep=False)
+
+    def _end(self, call: Call, *, keep: bool) -> None:
+        connection = self._busy.pop(call, None)
+        if connection is None:
+            return
+        if keep and len(self._idle) < MAX_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        self._room.release()
+
+
+def probe(socket_path: str, make_socket: MakeSocket, seconds: float) -> bool:
+    """Whether a stock arbiter answers there."""
+    until = time.monotonic() + min(seconds, PROBE_TIME)
+    sock = make_socket()
+    try:
+        sock.settimeout(max(until - time.monotonic(), 0.001))
+        sock.connect(socket_path)
+        sock.sendall(STATUS_REQUEST)
+        connection = _Connection(sock)
+        while not (frames := connection.read(until)) and time.monotonic() < until:
+            pass
+        return bool(frames) and is_stock(frames[0])
+    except Exception:
+        pass  # not there, or nothing that can be read: the next look may tell
+    finally:
+        sock.close()
+    return False
+
+
+def _seconds(deadline: float) -> float | None:
+    return None if deadline == float("inf") else max(deadline - time.monotonic(), 0.001)

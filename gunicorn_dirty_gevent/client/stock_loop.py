@@ -1,0 +1,167 @@
+"""`client.stock` for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ..core import faults
+from ..core.mux import Call, nobody
+from ..core.wire import FrameDecoder
+from .stock import (
+    MAX_IDLE,
+    MAX_OPEN,
+    PROBE_TIME,
+    READ_SIZE,
+    STATUS_REQUEST,
+    Unencodable,
+    decoder,
+    is_stock,
+    request,
+    take,
+)
+
+READ_AHEAD = 16
+"""Chunks that a stream's connection is read ahead of its reader; beyond, the kernel's buffers fill and
+the arbiter waits."""
+
+
+class _Connection:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.decoder: FrameDecoder = decoder()
+
+    @property
+    def is_fresh(self) -> bool:
+        return not self.reader.at_eof() and not self.writer.is_closing()
+
+
+class StockLoopChannel:
+    """One connection for each call in flight; a task of each call reads it."""
+
+    def __init__(self, socket_path: str, lost: Callable[[], None]) -> None:
+        self.socket_path = socket_path
+        self._lost = lost
+        self._room = asyncio.Semaphore(MAX_OPEN)
+        self._idle: list[_Connection] = []
+        self._tasks: dict[Call, asyncio.Task[None]] = {}
+        self._taken: dict[Call, asyncio.Event] = {}
+
+    def start(self, call: Call) -> None:
+        self._taken[call] = asyncio.Event()
+        self._tasks[call] = asyncio.get_running_loop().create_task(self._run(call))
+
+    async def wait(self, call: Call, seconds: float) -> None:
+        await wait_for_news(call, seconds)
+
+    def take_chunk(self, call: Call) -> bytes:
+        payload = call.chunks.popleft()
+        if call in self._taken:
+            self._taken[call].set()
+        return payload
+
+    def cancel(self, call: Call) -> None:
+        task = self._tasks.get(call)
+        if task is not None:
+            task.cancel()
+
+    def drop(self, call: Call) -> None:
+        """`cancel`, from a finalizer."""
+        task = self._tasks.get(call)
+        if task is not None and not task.get_loop().is_closed():
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        while self._idle:
+            self._idle.pop().writer.close()
+
+    async def _run(self, call: Call) -> None:
+        connection = None
+        try:
+            data = request(call)
+            async with self._room:
+                connection = await self._connection()
+                call.id = 1
+                connection.writer.write(data)
+                await self._read(connection, call)
+        except Unencodable as error:
+            message = f"{call.app}.{call.action} was not sent: {error}"
+            call.fault = faults.fault("DirtyEncodeError", message, may_have_run=False)
+        except Exception as error:  # of the connection, or of bytes that are no answer
+            self._lost()
+            reason = str(error) or type(error).__name__
+            sent = call.id != 0
+            call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+        finally:
+            self._tasks.pop(call, None)
+            self._taken.pop(call, None)
+            if connection is not None:
+                self._give_back(connection, whole=call.last is not None)
+            call.notify()
+
+    async def _read(self, connection: _Connection, call: Call) -> None:
+        while call.last is None:
+            while len(call.chunks) > READ_AHEAD:
+                self._taken[call].clear()
+                await self._taken[call].wait()
+            data = await connection.reader.read(READ_SIZE)
+            if not data:
+                raise ConnectionResetError("the other side closed the connection")
+            connection.decoder.receive_data(data)
+            for frame in connection.decoder.frames():
+                take(call, frame)
+            call.notify()
+
+    async def _connection(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_fresh:
+                return connection
+            connection.writer.close()
+            self._lost()
+        return _Connection(*await asyncio.open_unix_connection(self.socket_path))
+
+    def _give_back(self, connection: _Connection, *, whole: bool) -> None:
+        if whole and len(self._idle) < MAX_IDLE and connection.is_fresh:
+            self._idle.append(connection)
+        else:
+            connection.writer.close()
+
+
+async def wait_for_news(call: Call, seconds: float) -> None:
+    """Wait until something has arrived for the call, or the time is up."""
+    arrived = asyncio.get_running_loop().create_future()
+    call.notify = lambda: None if arrived.done() else arrived.set_result(None)
+    try:
+        await asyncio.wait_for(arrived, None if seconds == float("inf") else seconds)
+    except asyncio.TimeoutError:
+        pass
+    finally:
+        call.notify = nobody
+
+
+async def probe(socket_path: str, seconds: float) -> bool:
+    """Whether a stock arbiter answers there."""
+    until = time.monotonic() + min(seconds, PROBE_TIME)
+    try:
+        return await asyncio.wait_for(_ask(socket_path), until - time.monotonic())
+    except Exception:
+        return False  # not there, or nothing that can be read: the next look may tell
+
+
+async def _ask(socket_path: str) -> bool:
+    reader, writer = await asyncio.open_unix_connection(socket_path)
+    try:
+        writer.write(STATUS_REQUEST)
+        frames = decoder()
+        while data := await reader.read(READ_SIZE):
+            frames.receive_data(data)
+            for frame in frames.frames():
+                return is_stock(frame)
+        return False
+    finally:
+        writer.close()
