@@ -69,7 +69,7 @@ def _dump_tlv(value: Any, place: str) -> bytes:
 
 def _dump_json(value: Any, place: str) -> bytes:
     try:
-        return json.dumps(value).encode()
+        return json.dumps(value, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UnencodableValue(type(value).__name__, place, f"JSON has no form for it ({error})") from error
 

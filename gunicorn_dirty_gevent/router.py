@@ -215,6 +215,8 @@ class Router:
                 self._send(link, (wire.pack_hello(self._options.max_message_size),))
             elif kind in (dialects.STASH, dialects.STATUS, dialects.MANAGE):
                 self._ask(link, kind, call_id, payload)
+            elif kind == dialects.UNREADABLE:
+                self.refuse(link, call_id, faults.protocol(payload.decode(), may_have_run=False))
             else:
                 raise wire.WireError(f"a client sent a frame of kind {kind:#x}")
         self._wake_if_due()

@@ -25,7 +25,9 @@ CODEC_TLV, CODEC_JSON = 1, 2
 STASH, STATUS, MANAGE = wire.STASH, 0x11, 0x12
 """Message types of version 1 that the arbiter answers itself (``gunicorn/dirty/protocol.py``)."""
 
-MAX_NAME = 0xFFFF
+UNREADABLE = -1
+"""Kind of a frame that stands for a message which was whole, but makes no sense; its payload says why.
+Its sender gets an error and may go on."""
 
 
 class Dialect(Protocol):
@@ -114,6 +116,8 @@ class Json:
         found = []
         while len(self._buffer) >= 4:
             length = int.from_bytes(self._buffer[:4], "big")
+            if not length:
+                raise WireError("a message of 0 bytes")
             if length > self._max_message:
                 raise WireError(f"a message of {length} bytes; {self._max_message} may be sent")
             if len(self._buffer) < 4 + length:
@@ -124,18 +128,23 @@ class Json:
         return found
 
     def _read(self, text: bytes) -> Frame:
+        self._last_id += 1
         try:
             message = json.loads(text)
+            if not isinstance(message, dict):
+                raise WireError("a message is a JSON object")
+            self._ids[self._last_id] = json.dumps(message.get("id"))
+            if message.get("type", "request") != "request":
+                raise WireError('the type of a message to the arbiter is "request"')
+            app, action = message.get("app_path"), message.get("action")
+            if not isinstance(app, str) or not isinstance(action, str):
+                raise WireError('a request has "app_path" and "action", both strings')
+            return _request(self._last_id, app, action, CODEC_JSON, text)
         except (ValueError, RecursionError) as error:
-            raise WireError(f"not JSON: {error}") from error
-        if not isinstance(message, dict) or message.get("type", "request") != "request":
-            raise WireError('a message is a JSON object of type "request"')
-        self._last_id += 1
-        self._ids[self._last_id] = json.dumps(message.get("id"))
-        app, action = message.get("app_path"), message.get("action")
-        if not isinstance(app, str) or not isinstance(action, str):
-            raise WireError('a request has "app_path" and "action", both strings')
-        return _request(self._last_id, app, action, CODEC_JSON, text)
+            reason = f"the message is not JSON: {error}"
+        except WireError as error:
+            reason = str(error)
+        return Frame(UNREADABLE, self._last_id, reason.encode("utf-8", "replace"))
 
     def pack(self, kind: int, call_id: int, payload: bytes) -> Parts:
         name, key = self._ANSWERS[kind]

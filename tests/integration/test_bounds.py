@@ -451,7 +451,6 @@ HOSTILE: dict[str, bytes] = {
     "unknown kind": frame(0x7F),
     "huge length": HEADER.pack(b"GD", 2, wire.REQUEST, 0xFFFFFFFF, 1),
     "huge length, JSON": struct.pack(">I", 0x00FFFFFF) + b"{",
-    "not JSON": struct.pack(">I", 4) + b"{]}[",
     "broken TLV": wire.pack_frame(wire.REQUEST, 1, b"\x21\xff\xff\xff\xff\x11", version=1),
     "response": wire.pack_hello() + frame(wire.RESPONSE),
     "error": wire.pack_hello() + frame(wire.ERROR),
