@@ -320,7 +320,9 @@ def test_a_killed_arbiter_under_load(pool: Gunicorn) -> None:
     for outcome in load.failures:
         assert failure(outcome.said, "DirtyConnectionError").may_have_run is True
         assert outcome.began <= killed + 0.5
-    assert 0 < len(load.failures) <= 6
+    # A dying process loses its connections one after the other: a caller that was told by one HTTP
+    # worker can have asked the other once more before that one's connection was gone too.
+    assert 0 < len(load.failures) <= 6 * len(http)
     told("killed arbiter: longest call of the load", max(outcome.seconds for outcome in load.outcomes))
     assert pool.http_worker_pids() == http
     assert pool.dirty_arbiter_pid() != arbiter
