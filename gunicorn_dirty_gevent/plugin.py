@@ -20,6 +20,7 @@ from typing import Any
 
 _TARGET = "gunicorn.dirty"
 
+_EVENTLET = "eventlet.patcher"
 
 _with_arbiter = True
 """Whether `install` puts our arbiter in place too."""
@@ -38,8 +39,8 @@ def install(*, arbiter: bool = True, **options: float) -> None:
     `queue_size`, `queue_bytes`, `calls_per_connection`, `unread_bytes`, `max_message_size`,
     `stash_size`, `backlog`, `max_requests`, `max_requests_jitter`, `max_memory`, `hub_blocked_after`.
 
-    Raises `TypeError` for an unknown option, or one that gunicorn's own arbiter would not know, and
-    `ValueError` for a value out of range.
+    Raises `TypeError` for an unknown option, or one that gunicorn's own arbiter would not know,
+    `ValueError` for a value out of range, and `RuntimeError` where eventlet has patched the process before.
     """
     global _with_arbiter
     if not arbiter and options.keys() - {"calls_per_connection"}:
@@ -52,6 +53,8 @@ def install(*, arbiter: bool = True, **options: float) -> None:
     _with_arbiter = arbiter
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        if _EVENTLET in sys.modules:
+            _load_gevent(sys.modules[_EVENTLET])
     if _TARGET in sys.modules:
         _replace(sys.modules[_TARGET])
 
@@ -111,12 +114,28 @@ def _dirty_settings(cfg: Any) -> list[Any]:
     return [settings.current, *(getattr(cfg, name) for name in names), sorted(cfg.env.items())]
 
 
+def _load_gevent(patcher: Any = None) -> None:
+    """gevent's compiled half keeps what it finds in the standard library when it is loaded. That must not
+    be eventlet's, or no dirty process can run gevent any more (see `gunicorn_dirty_gevent.unpatch`)."""
+    if "gevent" not in sys.modules and patcher is not None and patcher.already_patched:
+        raise RuntimeError(
+            "gunicorn_dirty_gevent.install() comes too late: eventlet has already patched this process. "
+            "Call it first in gunicorn.conf.py, before eventlet.monkey_patch()"
+        )
+    import gevent.event
+    import gevent.lock
+    import gevent.queue
+    import gevent.threadpool
+
+
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds ``gunicorn.dirty`` as usual, with `_replace` to follow its execution."""
+    """Finds ``gunicorn.dirty`` as usual, with `_replace` to follow its execution; loads gevent in time."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == _EVENTLET:
+            _load_gevent()
         if fullname != _TARGET:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

@@ -24,6 +24,8 @@ import gevent
 from gevent import monkey
 from gevent._hub_local import get_hub_if_exists
 
+from .unpatch import unpatch_eventlet
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _PF_FORKNOEXEC = 0x40  # linux/sched.h: forked, but has not executed another program
@@ -63,6 +65,7 @@ def run_child(child: Callable[[], object], keep: Iterable[int], release: Callabl
         release()
         if hub is not None:
             hub.destroy(destroy_loop=True)
+        unpatch_eventlet()
         release_descriptors(keep)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         child()
