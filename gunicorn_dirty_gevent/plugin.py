@@ -10,6 +10,7 @@ either.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.abc
 import importlib.machinery
 import signal
@@ -122,10 +123,8 @@ def _load_gevent(patcher: Any = None) -> None:
             "gunicorn_dirty_gevent.install() comes too late: eventlet has already patched this process. "
             "Call it first in gunicorn.conf.py, before eventlet.monkey_patch()"
         )
-    import gevent.event
-    import gevent.lock
-    import gevent.queue
-    import gevent.threadpool
+    for name in ("event", "lock", "queue"):
+        importlib.import_module(f"gevent.{name}")
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -59,10 +59,10 @@ def unpatch_eventlet() -> bool:
 
 def _restore(module: Any, green: Any, original: Any, back: dict[int, tuple[Any, Any]]) -> None:
     for name in [*green.__patched__, *getattr(green, "__deleted__", ())]:
-        if not hasattr(original, name):
+        if not hasattr(original, name):  # a later Python's, which eventlet adds
+            vars(module).pop(name, None)
             continue
-        old, new = getattr(module, name, None), getattr(original, name)
-        new = _at_home(new, module)
+        old, new = getattr(module, name, None), _at_home(getattr(original, name), module)
         if old is not None and old is not new:
             back[id(old)] = (old, new)
         setattr(module, name, new)
