@@ -8,18 +8,24 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 command -v debootstrap >/dev/null || { apt-get update; apt-get install --yes --no-install-recommends debootstrap; }
 root=$(mktemp -d -t trixie-XXXXXXXX)
-trap 'umount -q "$root/proc" "$root/dev/shm" "$root/dev" || true; rm -rf --one-file-system "$root"' EXIT
+leave() {
+    for place in dev proc; do mountpoint -q "$root/$place" && umount -R -l "$root/$place"; done
+    rm -rf --one-file-system "$root"
+}
+trap leave EXIT
 debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates,nodejs trixie "$root"
 
 mount -t proc proc "$root/proc"  # ours read it
 mount --rbind /dev "$root/dev"
 mount --make-rslave "$root/dev"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
-# The way to the package index is this machine's: its pip settings (also the PIP_* variables, which stay
-# set), and the certificates it trusts.
-for file in /etc/pip.conf /etc/xdg/pip /etc/ssl/certs /usr/local/share/ca-certificates; do
-    [ -e "$file" ] && mkdir -p "$root$(dirname "$file")" && cp -rLT "$file" "$root$file"
-done
+# The way to the package index is this machine's: its pip settings (the PIP_* variables stay set as well),
+# and the certificates it trusts.
+cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
+mkdir -p "$root/etc/xdg" "$root/root/.config"
+[ ! -e /etc/pip.conf ] || cp -L /etc/pip.conf "$root/etc/pip.conf"
+[ ! -e /etc/xdg/pip ] || cp -rL /etc/xdg/pip "$root/etc/xdg/pip"
+[ ! -e "$HOME/.config/pip" ] || cp -rL "$HOME/.config/pip" "$root/root/.config/pip"
 mkdir "$root/checkout"
 git archive HEAD | tar -x -C "$root/checkout"
 
