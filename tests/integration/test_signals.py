@@ -308,7 +308,8 @@ def test_term_to_the_arbiter_alone_hands_over_to_the_next(pool: Gunicorn) -> Non
     assert pool.dirty_arbiter_pid() != arbiter
     assert not set(wait_ready(pool, 2)) & set(before)
     assert pool.http_worker_pids() == http
-    assert re.search(rf"Dirty arbiter \(pid:{arbiter}\) exited$", pool.log_since(mark), re.M)
+    # "exited", or on gunicorn 25, whose master may reap it as one of its workers, nothing.
+    assert not re.search(rf"\(pid:{arbiter}\) (exited with|was sent|killed)", pool.log_since(mark))
 
 
 # Reload
