@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import re
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from support.gunicorn import Gunicorn, app_with
 from support.waiting import wait_until
 
 from gunicorn_dirty_gevent.client import DirtyClient, channels
+from gunicorn_dirty_gevent.client.stock_loop import wait_for_news
+from gunicorn_dirty_gevent.core.mux import Call, nobody
 from gunicorn_dirty_gevent.errors import (
     DirtyAppError,
     DirtyCancelledError,
@@ -392,6 +395,21 @@ def test_asyncio_cancels_and_times_out(served: Gunicorn) -> None:
             assert await client.execute_async(APP, "double", 4) == 8
 
     asyncio.run(main())
+
+
+def test_asyncio_is_cancelled_though_news_has_come() -> None:
+    # Before Python 3.12 `asyncio.wait_for` would swallow it.
+    async def cancelled() -> bool:
+        call = Call("tasks:App", "go", b"", math.inf, True)
+        waiting = asyncio.ensure_future(wait_for_news(call, 40.0))
+        while call.notify is nobody:
+            await asyncio.sleep(0)
+        call.notify()
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        return waiting.cancelled() and call.notify is nobody
+
+    assert asyncio.run(cancelled())
 
 
 def test_asyncio_streams_end_when_they_are_left(served: Gunicorn) -> None:

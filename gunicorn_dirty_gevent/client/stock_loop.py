@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from ..core import faults
@@ -137,20 +136,22 @@ async def wait_for_news(call: Call, seconds: float) -> None:
     arrived = asyncio.get_running_loop().create_future()
     call.notify = lambda: None if arrived.done() else arrived.set_result(None)
     try:
-        await asyncio.wait_for(arrived, None if seconds == float("inf") else seconds)
-    except asyncio.TimeoutError:
-        pass
+        # Not `asyncio.wait_for`: before Python 3.12 it swallows a cancellation that comes together
+        # with the news, and a browser that has left would be read for to the end.
+        await asyncio.wait((arrived,), timeout=None if seconds == float("inf") else seconds)
     finally:
         call.notify = nobody
 
 
 async def probe(socket_path: str, seconds: float) -> bool:
     """Whether a stock arbiter answers there."""
-    until = time.monotonic() + min(seconds, PROBE_TIME)
+    asking = asyncio.ensure_future(_ask(socket_path))
     try:
-        return await asyncio.wait_for(_ask(socket_path), until - time.monotonic())
-    except Exception:
-        return False  # not there, or nothing that can be read: the next look may tell
+        await asyncio.wait((asking,), timeout=min(seconds, PROBE_TIME))  # see `wait_for_news`
+        # Not there, or nothing that can be read: the next look may tell.
+        return asking.done() and asking.exception() is None and asking.result()
+    finally:
+        asking.cancel()
 
 
 async def _ask(socket_path: str) -> bool:
