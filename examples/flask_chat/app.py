@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from flask import Flask, Response, jsonify, render_template, request
 from gunicorn.dirty import DirtyError, DirtyTimeoutError, get_dirty_client
+
 from gunicorn_dirty_gevent import DirtyOverloadedError, stash
 
 app = Flask(__name__)
@@ -21,10 +22,14 @@ def chat():
     prompt = request.args.get("prompt", "").strip()[:500]
     if not prompt:
         return "say something: ?prompt=...\n", 400
-    chunks = get_dirty_client().stream("tasks:Writer", "write", request.args.get("user", "guest")[:40], prompt)
+    chunks = get_dirty_client().stream(
+        "tasks:Writer", "write", request.args.get("user", "guest")[:40], prompt
+    )
     # The call is sent by the first next(): what goes wrong by then still gets a status of its own.
     first = next(chunks)
-    return Response(events(first, chunks), mimetype="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return Response(
+        events(first, chunks), mimetype="text/event-stream", headers={"Cache-Control": "no-cache"}
+    )
 
 
 def events(first: dict, chunks) -> Iterator[str]:

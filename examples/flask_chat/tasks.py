@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from gunicorn.dirty import DirtyApp
+
 from gunicorn_dirty_gevent import stash
 
 TEXT = pathlib.Path(__file__).with_name("alice.txt")
@@ -23,7 +24,7 @@ class Writer(DirtyApp):
 
     def init(self) -> None:
         """Learn which words follow which two, once in each dirty worker."""
-        words = re.findall(r"[\w’'-]+|[.,;:!?]", TEXT.read_text(encoding="utf-8"))
+        words = re.findall(r"[\w'-]+|[.,;:!?]", TEXT.read_text(encoding="utf-8"))
         self.starts: dict[str, list[tuple[str, str]]] = defaultdict(list)  # by word, in small letters
         self.follows: dict[tuple[str, str], list[str]] = defaultdict(list)
         words += words[:2]  # the end is followed by the beginning
@@ -45,7 +46,7 @@ class Writer(DirtyApp):
             stash.delete("running", me)
 
     def _tokens(self, chance: random.Random, prompt: str) -> Iterator[str]:
-        known = [word for word in re.findall(r"[\w’'-]+", prompt.lower()) if word in self.starts]
+        known = [word for word in re.findall(r"[\w'-]+", prompt.lower()) if word in self.starts]
         # The longest word of the prompt says most about it.
         start = max(known, key=len) if known else chance.choice(sorted(self.starts))
         pair = chance.choice(self.starts[start])
