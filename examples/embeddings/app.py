@@ -42,10 +42,10 @@ def overloaded(error: DirtyOverloadedError):
 
 @app.errorhandler(DirtyTimeoutError)
 def too_slow(error: DirtyTimeoutError):
-    return jsonify(error=str(error)), 504
+    return jsonify(error=error.message), 504
 
 
 @app.errorhandler(DirtyError)
 def failed(error: DirtyError):
-    app.logger.error("the dirty app failed: %s", error)
+    app.logger.error("the dirty app failed: %s", error.message)
     return jsonify(error="the search failed"), 502

@@ -39,8 +39,9 @@ def events(first: dict, chunks) -> Iterator[str]:
                 yield f"data: {json.dumps(chunk)}\n\n"
             yield "event: done\ndata: {}\n\n"
         except DirtyError as error:  # the status line has gone out
-            app.logger.warning("a generation failed: %s", error)
-            yield f"event: failed\ndata: {json.dumps(str(error))}\n\n"
+            # Not str(error): that has the traceback too, which is not for users.
+            app.logger.warning("a generation failed: %s", error.message)
+            yield f"event: failed\ndata: {json.dumps(error.message)}\n\n"
 
 
 @app.get("/running")
@@ -57,10 +58,10 @@ def overloaded(error: DirtyOverloadedError):
 
 @app.errorhandler(DirtyTimeoutError)
 def too_slow(error: DirtyTimeoutError):
-    return f"{error}\n", 504
+    return f"{error.message}\n", 504
 
 
 @app.errorhandler(DirtyError)
 def failed(error: DirtyError):
-    app.logger.error("the dirty app failed: %s", error)
+    app.logger.error("the dirty app failed: %s", error.message)
     return "The text generator failed.\n", 502

@@ -33,8 +33,8 @@ def lines(first: dict, chunks) -> Iterator[str]:
             for chunk in itertools.chain([first], chunks):
                 yield json.dumps(chunk) + "\n"
         except DirtyError as error:  # the status line has gone out
-            app.logger.warning("a report ended early: %s", error)
-            yield json.dumps({"error": str(error)}) + "\n"
+            app.logger.warning("a report ended early: %s", error.message)
+            yield json.dumps({"error": error.message}) + "\n"
 
 
 @app.get("/quick")
@@ -65,12 +65,12 @@ def overloaded(error: DirtyOverloadedError):
 
 @app.errorhandler(DirtyTimeoutError)
 def too_slow(error: DirtyTimeoutError):
-    app.logger.warning("%s", error)
+    app.logger.warning("%s", error.message)
     text = "The report took too long and was stopped. Ask for fewer samples, or for /report.\n"
     return text, 504, {"Content-Type": "text/plain"}
 
 
 @app.errorhandler(DirtyError)
 def failed(error: DirtyError):
-    app.logger.error("the dirty app failed: %s", error)
+    app.logger.error("the dirty app failed: %s", error.message)
     return "The report failed.\n", 502, {"Content-Type": "text/plain"}
