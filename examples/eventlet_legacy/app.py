@@ -72,7 +72,9 @@ def failed(error: DirtyError, request: Request) -> Response:
 
 
 def plain(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
-    return Response(text=f"{text}\n", status=status, content_type="text/plain", headers=headers)
+    response = Response(text=f"{text}\n", status=status, content_type="text/plain")
+    response.headers.update(headers or {})
+    return response
 
 
 with Configurator() as config:

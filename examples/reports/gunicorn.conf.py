@@ -1,4 +1,4 @@
-import gunicorn_dirty_gevent; gunicorn_dirty_gevent.install(queue_size=2)  # noqa: E702, I001
+import gunicorn_dirty_gevent; gunicorn_dirty_gevent.install(queue_size=2, hub_blocked_after=3)  # noqa: E702, I001
 
 bind = "127.0.0.1:8000"
 worker_class = "gevent"
