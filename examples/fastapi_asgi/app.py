@@ -37,7 +37,7 @@ async def solve(asked: Puzzle) -> Solution:
 @app.get("/steps")
 async def steps(puzzle: Annotated[str, Query(pattern=CELLS)]) -> StreamingResponse:
     """The search as server-sent events."""
-    client = await get_dirty_client_async()
+    client = (await get_dirty_client_async()).options(timeout=120)  # for the whole stream; 30 by default
     chunks = client.stream_async("tasks:Sudoku", "steps", puzzle)
     first = await anext(chunks)  # sends the call: what goes wrong by now gets a status of its own
     headers = {"Cache-Control": "no-cache"}

@@ -22,9 +22,9 @@ def chat():
     prompt = request.args.get("prompt", "").strip()[:500]
     if not prompt:
         return "say something: ?prompt=...\n", 400
-    chunks = get_dirty_client().stream(
-        "tasks:Writer", "write", request.args.get("user", "guest")[:40], prompt
-    )
+    user = request.args.get("user", "guest")[:40]
+    # 120 seconds for the whole answer; gunicorn's default of 30 would cut a long one off.
+    chunks = get_dirty_client().options(timeout=120).stream("tasks:Writer", "write", user, prompt)
     # The call is sent by the first next(): what goes wrong by then still gets a status of its own.
     first = next(chunks)
     return Response(
