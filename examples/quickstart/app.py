@@ -8,6 +8,7 @@ import pathlib
 from urllib.parse import parse_qs
 
 from gunicorn.dirty import DirtyError, DirtyTimeoutError, get_dirty_client
+from gunicorn.dirty.errors import DirtyNoWorkersAvailableError
 
 PICTURE = pathlib.Path(__file__).with_name("picture.jpg").read_bytes()
 HELP = b"""\
@@ -25,10 +26,16 @@ def app(environ, start_response):
         return view(parse_qs(environ["QUERY_STRING"]), start_response)
     except BadRequest as error:
         return answer(start_response, "400 Bad Request", "text/plain", f"{error}\n".encode())
+    # error.message is for the user; str(error) has the traceback too.
+    except DirtyNoWorkersAvailableError as error:
+        busy = [("Retry-After", "1")]
+        return answer(
+            start_response, "503 Service Unavailable", "text/plain", f"{error.message}\n".encode(), busy
+        )
     except DirtyTimeoutError as error:
-        return answer(start_response, "504 Gateway Timeout", "text/plain", f"{error}\n".encode())
+        return answer(start_response, "504 Gateway Timeout", "text/plain", f"{error.message}\n".encode())
     except DirtyError as error:
-        return answer(start_response, "502 Bad Gateway", "text/plain", f"{error}\n".encode())
+        return answer(start_response, "502 Bad Gateway", "text/plain", f"{error.message}\n".encode())
 
 
 def thumbnail(query, start_response):
@@ -56,7 +63,7 @@ def events(chunks):
         for chunk in chunks:
             yield f"data: {json.dumps(chunk)}\n\n".encode()
     except DirtyError as error:
-        yield f"event: error\ndata: {json.dumps(str(error))}\n\n".encode()
+        yield f"event: error\ndata: {json.dumps(error.message)}\n\n".encode()
 
 
 VIEWS = {
@@ -81,6 +88,6 @@ def number(query, name, default, least, most):
     return value
 
 
-def answer(start_response, status, kind, body):
-    start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
+def answer(start_response, status, kind, body, headers=()):
+    start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body))), *headers])
     return [body]
