@@ -25,4 +25,4 @@ autodoc_class_signature = "mixed"
 
 nitpicky = True
 # Python's and gunicorn's own names: their references are elsewhere.
-nitpick_ignore_regex = [("py:.*", r"(gunicorn\.dirty\..*|collections\.abc\..*)")]
+nitpick_ignore_regex = [("py:.*", r"gunicorn\.dirty\..*|collections\.abc\..*|gunicorn_dirty_gevent\.app\.F")]
