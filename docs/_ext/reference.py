@@ -81,7 +81,8 @@ class InstallArguments(SphinxDirective):
         self.env.note_dependency(inspect.getfile(settings))
         lines = []
         for name, kind, default, text in documented_settings():
-            lines += [f".. confval:: {name}", f"   :type: ``{kind}``", f"   :default: {readable(default)}", ""]
+            lines += [f".. confval:: {name}", f"   :type: ``{kind}``"]
+            lines += [f"   :default: {readable(default)}", ""]
             lines += [*textwrap.indent(linked(text), "   ").splitlines(), ""]
         return self.parse_text_to_nodes("\n".join(lines))
 
@@ -94,7 +95,7 @@ class GunicornSetting(SphinxDirective):
         (name,) = self.arguments
         (setting,) = (known for known in KNOWN_SETTINGS if known.name == name)
         lines = [f".. confval:: {name}"]
-        if setting.section.endswith("Hooks"):
+        if callable(setting.default):
             lines.append(f"   :type: ``{name}{inspect.signature(setting.default)}``")
         else:
             option = f"; ``{setting.cli[-1]}``" if setting.cli else ""
