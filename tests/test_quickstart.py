@@ -45,7 +45,7 @@ def test_the_first_command_runs_the_quickstart_and_the_second_the_tests():
     assert tests.endswith("-m pytest")
 
 
-def test_ci_run_runs_ruff_and_mypy_and_then_the_second_command(tmp_path):
+def test_ci_run_runs_ruff_mypy_and_sphinx_and_then_the_second_command(tmp_path):
     checkout = tmp_path / "checkout"
     readme = (TOP / "README.rst").read_text(encoding="utf-8")
     tests = setup_commands()["setup-test"]
@@ -55,11 +55,12 @@ def test_ci_run_runs_ruff_and_mypy_and_then_the_second_command(tmp_path):
     (checkout / "README.rst").write_text(
         readme.replace(tests, f"pwd >> {called} && exit 7"), encoding="utf-8"
     )
-    for stub in ("bin/python3", "checkout/.venv/bin/pip", "checkout/.venv/bin/ruff",
-                 "checkout/.venv/bin/mypy"):  # fmt: skip
+    # node and dot: the real script must not find them missing and call apt-get.
+    for stub in ("bin/python3", "bin/node", "bin/dot", "checkout/.venv/bin/pip", "checkout/.venv/bin/ruff",
+                 "checkout/.venv/bin/mypy", "checkout/.venv/bin/sphinx-build"):  # fmt: skip
         path = tmp_path / stub
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/sh\necho {path.name} >> {called}\n")
+        path.write_text(f'#!/bin/sh\necho {path.name} "$1" >> {called}\n')
         path.chmod(0o755)
     done = subprocess.run(
         ["bash", str(checkout / ".ci" / "run")],
@@ -70,7 +71,9 @@ def test_ci_run_runs_ruff_and_mypy_and_then_the_second_command(tmp_path):
         timeout=30,
     )
     assert done.returncode == 7, done.stderr.decode()
-    assert called.read_text().split()[-3:] == ["ruff", "mypy", str(checkout.resolve())]
+    *_, ruff, mypy, sphinx, last = called.read_text().splitlines()
+    assert [ruff, mypy, sphinx] == ["ruff check", "mypy ", "sphinx-build -W"]
+    assert last == str(checkout.resolve())
 
 
 # -- the quickstart -------------------------------------------------------------------------------

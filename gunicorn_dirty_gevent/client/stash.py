@@ -53,7 +53,7 @@ class StashClient(_StockClient):  # type: ignore[misc]
     everything else, a lost connection included. Its `may_have_run` says whether the operation may
     have been carried out.
 
-    Keys are what a dict takes and the wire carries (see the README's types of values).
+    Keys are what a dict takes and the wire carries: the types that calls take.
     """
 
     def __init__(self, socket_path: str, timeout: float | None = 30.0) -> None:
