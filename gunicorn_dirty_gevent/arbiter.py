@@ -111,7 +111,9 @@ class DirtyArbiter:
     def _main(self) -> None:
         self.pid = os.getpid()
         self.log.info("Dirty arbiter starting (pid: %s)", self.pid)
-        needed = BASE_DESCRIPTORS + self.cfg.dirty_workers + DESCRIPTORS_PER_TASK * self.cfg.dirty_threads
+        bodies = (self.settings.queue_bytes + self.settings.unread_bytes) // wire.DETACH_SIZE
+        tasks = DESCRIPTORS_PER_TASK * self.cfg.dirty_threads
+        needed = BASE_DESCRIPTORS + self.cfg.dirty_workers + tasks + bodies
         process.raise_descriptor_limit(needed)
         util.set_owner_process(self.cfg.uid, self.cfg.gid, initgroups=self.cfg.initgroups)
         process.die_with_parent(signal.SIGQUIT, self.ppid)

@@ -6,11 +6,15 @@ given to a link must never block; `on_frames` may switch into greenlets that wai
 A send goes to the kernel at once when it is the first of the hub's current turn; what follows in
 the same turn is kept and written together at the turn's end. One caller has the latency of a direct
 send, two hundred share a system call.
+
+A part may have a descriptor that goes with its bytes (`core.wire.Detached`). A read never joins what
+came with a descriptor to what came after it (unix(7)), so each is there before its frame is complete.
 """
 
 from __future__ import annotations
 
 import _socket
+import array
 import errno
 import sys
 import time
@@ -20,7 +24,8 @@ from typing import Any, Protocol
 
 import gevent
 
-from .core.wire import Frame, Parts, WireError
+from . import blob
+from .core.wire import Blob, Detached, Frame, Parts, WireError
 
 READ_SIZE = 262144
 """Bytes per read: a little above Linux's default socket buffer (208 KiB), so that one read empties
@@ -40,6 +45,12 @@ _MAX_HOLD = 0.001
 """Seconds that a turn of the hub may keep what is sent in it. Greenlets that compute would otherwise
 hold back the answers of those before them."""
 
+_ANCILLARY = _socket.CMSG_SPACE(array.array("i").itemsize)
+"""Bytes for what comes beside a read: one descriptor."""
+
+_TOO_MANY_PAUSE = 0.01
+"""Seconds until the next try when this user's processes have too many descriptors under way."""
+
 _READ, _WRITE = 1, 2  # gevent's io watcher events
 
 
@@ -47,6 +58,8 @@ class Decoder(Protocol):
     """Bytes in, frames out (`core.wire.FrameDecoder`, `core.dialects.Opening`)."""
 
     def receive_data(self, data: bytes) -> None: ...
+
+    def receive_blob(self, blob: Blob | bytes) -> None: ...
 
     def frames(self) -> list[Frame]: ...
 
@@ -82,7 +95,7 @@ class Link:
         """Bytes that wait for the kernel."""
         self._on_frames = on_frames
         self._on_close = on_close
-        self._outbox: deque[bytes | memoryview] = deque()
+        self._outbox: deque[bytes | memoryview | Detached] = deque()
         self._turn_taken = False
         self._flushed_at = 0.0
         self._blocked = False  # the kernel's buffer is full; the writer waits for room
@@ -92,10 +105,12 @@ class Link:
         # One for all links of a hub: it is copied from before anything else of that hub can run. Other
         # threads have other hubs. (A recv() of this size would map memory each time: 19 us against 2.)
         self._buffer = hub.__dict__.setdefault("_dirty_buffer", memoryview(bytearray(READ_SIZE)))
+        self._buffers = [self._buffer]
         self.refused = False
         """A write failed: the peer is gone, and what was sent since has not reached it."""
         self._reader = self._loop.io(sock.fileno(), _READ)
         self._writer = self._loop.io(sock.fileno(), _WRITE)
+        self._pause = self._loop.timer(_TOO_MANY_PAUSE)
         self._reader.start(self._readable)
 
     @property
@@ -129,6 +144,7 @@ class Link:
 
     def _writable(self) -> None:
         self._writer.stop()
+        self._pause.stop()
         self._blocked = False
         self._flush()
         self._tell_drained()
@@ -146,11 +162,18 @@ class Link:
             while outbox:
                 if len(outbox) > 1:
                     self._join_small()
-                self._taken(self.sock.send(outbox[0]))
+                part = outbox[0]
+                if isinstance(part, Detached):
+                    self._send_detached(part)
+                else:
+                    self._taken(self.sock.send(part))
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
                 self._blocked = True
                 self._writer.start(self._writable)
+            elif error.errno == errno.ETOOMANYREFS:
+                self._blocked = True
+                self._pause.start(self._writable)
             elif error.errno != errno.EINTR:
                 # The peer is gone. What it wrote before may still wait to be read, so the reader
                 # finds the end.
@@ -162,7 +185,8 @@ class Link:
         """Make one part of those at the front that are small enough together."""
         outbox = self._outbox
         size = 0
-        front: list[bytes | memoryview] = []
+        front: list[Any] = []
+        # A part with a descriptor is always longer, see `core.wire.MIN_DETACHED`.
         while outbox and size + len(outbox[0]) <= _JOIN_LIMIT:
             part = outbox.popleft()
             size += len(part)
@@ -170,10 +194,21 @@ class Link:
         if front:
             outbox.appendleft(front[0] if len(front) == 1 else b"".join(front))
 
+    def _send_detached(self, part: Detached) -> None:
+        """Send a part's inline bytes, its descriptor with the first of them."""
+        descriptor = array.array("i", [part.blob.descriptor])
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptor)]
+        sent = self.sock.sendmsg([part.inline], rights)
+        # The body has left with it, and counts.
+        self._outbox[0] = part.inline
+        self.flushed += len(part.blob)
+        self.outbox_bytes -= len(part.blob)
+        self._taken(sent)
+
     def _taken(self, sent: int) -> None:
         self.flushed += sent
         self.outbox_bytes -= sent
-        outbox = self._outbox
+        outbox: deque[Any] = self._outbox
         while sent:
             size = len(outbox[0])
             if sent < size:
@@ -184,10 +219,22 @@ class Link:
 
     # Reading.
 
+    def _receive(self) -> int:
+        """One read into the buffer; descriptors that came with it go to the decoder."""
+        size, ancillary, flags, _ = self.sock.recvmsg_into(
+            self._buffers, _ANCILLARY, _socket.MSG_CMSG_CLOEXEC
+        )
+        if ancillary:
+            for body in blob.received(ancillary):
+                self.decoder.receive_blob(body)
+        if flags & _socket.MSG_CTRUNC:
+            raise WireError("a descriptor was lost: this process has too many, or two came at once")
+        return size
+
     def _readable(self) -> None:
         try:
             for _ in range(_READS_PER_TURN):
-                size = self.sock.recv_into(self._buffer)
+                size = self._receive()
                 if not size:
                     self.end(PEER_GONE)
                     return
@@ -211,8 +258,8 @@ class Link:
         """Read what is there, after the peer is known to have ended."""
         while not self.closed:
             try:
-                size = self.sock.recv_into(self._buffer)
-            except OSError:
+                size = self._receive()
+            except (OSError, WireError):
                 return
             if not size:
                 return
@@ -232,8 +279,10 @@ class Link:
         self.closed = reason
         self._reader.stop()
         self._writer.stop()
+        self._pause.stop()
         self._reader.close()
         self._writer.close()
+        self._pause.close()
         self.sock.close()
         self._outbox.clear()
 

@@ -24,6 +24,7 @@ import gevent
 from gevent import monkey
 from gevent._hub_local import get_hub_if_exists
 
+from .blob import NAME as _BODY_NAME
 from .unpatch import unpatch_eventlet
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -116,7 +117,7 @@ def reset_signals() -> None:
 
 
 def release_descriptors(keep: Iterable[int]) -> None:
-    """Let go of the parent's sockets, pipes and event descriptors that are not in `keep`.
+    """Let go of the parent's sockets, pipes, event descriptors and bodies of calls that are not in `keep`.
 
     They are replaced by /dev/null, not closed: objects of the parent that are still alive here would
     close their number later, and with it whatever had taken the number by then. Files, standard
@@ -138,7 +139,9 @@ def _is_channel(number: int) -> bool:
         mode = os.fstat(number).st_mode
         if stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode):
             return True
-        return os.readlink(f"/proc/self/fd/{number}").startswith("anon_inode:[event")
+        return os.readlink(f"/proc/self/fd/{number}").startswith(
+            ("anon_inode:[event", f"/memfd:{_BODY_NAME} ")
+        )
     except OSError:
         return False
 
@@ -210,6 +213,17 @@ def _is_forked(pid: int) -> bool:
         return fields[0] not in (b"Z", b"X") and bool(int(fields[6]) & _PF_FORKNOEXEC)
     except (OSError, ValueError, IndexError):
         return False
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep up to 8 MiB of freed memory in this process, instead of 256 KiB.
+
+    Measured: a worker that echoes 1 MiB spent 0.6 of 1.2 ms on page faults, for glibc gave the heap's
+    end back after each call. Its threshold follows the largest block that was freed (mallopt(3),
+    M_MMAP_THRESHOLD; giving back starts at twice that), so one block that is never touched sets it.
+    """
+    block = bytes(4 * 1024 * 1024 - 4096)
+    del block
 
 
 def memory_of(pid: int) -> int:

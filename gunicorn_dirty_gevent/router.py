@@ -155,7 +155,7 @@ class Router:
             elif kind == wire.BLOCKED:
                 self.dispatcher.worker_blocked(key, call_id, now)
             elif kind in (wire.READY, wire.CLASSES, wire.STOP):
-                told = values.loads(payload) if payload else None
+                told = values.loads(wire.inline_bytes(payload)) if payload else None
                 supervisor.soon(partial(supervisor.worker_said, key, kind, told))
             else:
                 raise wire.WireError(f"a dirty worker sent a frame of kind {kind:#x}")
@@ -212,11 +212,13 @@ class Router:
             elif kind == wire.GOAWAY:
                 self._leaving.discard(link)
             elif kind == wire.HELLO:
-                self._send(link, (wire.pack_hello(self._options.max_message_size),))
+                hello = wire.pack_hello(self._options.max_message_size, wire.HELLO_DESCRIPTORS)
+                self._send(link, (hello,))
             elif kind in (dialects.STASH, dialects.STATUS, dialects.MANAGE):
-                self._ask(link, kind, call_id, payload)
+                self._ask(link, kind, call_id, wire.inline_bytes(payload))
             elif kind == dialects.UNREADABLE:
-                self.refuse(link, call_id, faults.protocol(payload.decode(), may_have_run=False))
+                reason = wire.inline_bytes(payload).decode()
+                self.refuse(link, call_id, faults.protocol(reason, may_have_run=False))
             else:
                 raise wire.WireError(f"a client sent a frame of kind {kind:#x}")
         self._wake_if_due()

@@ -34,6 +34,8 @@ class Host(Protocol):
 
     def send(self, kind: int, call_id: int, payload: bytes) -> None: ...
 
+    def send_large(self, kind: int, call_id: int, payload: bytes) -> None: ...
+
     def ended(self, task: Task) -> None: ...
 
 
@@ -161,7 +163,7 @@ class Task:
             kind, payload = wire.ERROR, self._encode_fault(fault)
         finally:
             self._host.ended(self)
-        self._host.send(kind, self.call_id, payload)
+        self._send(kind, payload)
 
     def _perform(self) -> tuple[int, bytes]:
         """Run the action under its time limits; the last frame."""
@@ -260,7 +262,7 @@ class Task:
             if chunk is _END:
                 return
             payload = self._encode(chunk, f"chunk {number}")
-            self._host.send(wire.CHUNK, self.call_id, payload)
+            self._send(wire.CHUNK, payload)
             self._credit -= wire.chunk_cost(payload)
             if per_chunk:
                 self._timeout.close()
@@ -282,6 +284,13 @@ class Task:
                 raise _Refused(self._timed_out(self.request.budget))
 
     # What is sent.
+
+    def _send(self, kind: int, payload: bytes) -> None:
+        large = len(payload) >= wire.DETACH_SIZE and kind in wire.DETACHABLE
+        if large and self.request.flags & wire.FLAG_DETACH:
+            self._host.send_large(kind, self.call_id, payload)
+        else:
+            self._host.send(kind, self.call_id, payload)
 
     def _encode(self, value: Any, place: str) -> bytes:
         request = self.request

@@ -17,6 +17,7 @@ from gunicorn import util
 
 from . import app as apps
 from . import process, settings
+from .blob import detach
 from .core import values, wire
 from .core.dispatch import AppTraits
 from .core.faults import Fault
@@ -74,6 +75,7 @@ class DirtyWorker:
         process.die_with_parent(signal.SIGKILL, self.ppid)
         util._setproctitle(f"dirty-worker [{self.cfg.proc_name}]")
         util.seed()
+        process.keep_freed_memory()
         monkey.patch_all()
         self._hub = gevent.get_hub()
         self._wake = Event()
@@ -262,6 +264,15 @@ class DirtyWorker:
     def send(self, kind: int, call_id: int, payload: bytes) -> None:
         assert self._link is not None
         self._link.send((wire.pack_frame(kind, call_id, payload),))
+
+    def send_large(self, kind: int, call_id: int, payload: bytes) -> None:
+        """`send` for a caller that can take a descriptor."""
+        blob = detach(payload)
+        if blob is None:
+            self.send(kind, call_id, payload)
+        else:
+            assert self._link is not None
+            self._link.send(wire.pack_detached(kind, call_id, b"", blob))
 
     def ended(self, task: Task) -> None:
         del self._tasks[task.call_id]

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from ..core.mux import Call, Mux, Phase
-from ..core.wire import FrameDecoder, Parts, WireError
+from ..core.wire import Detached, FrameDecoder, Parts, Payload, WireError
 from . import stock_loop
 from .results import timed_out, wait_time
 from .stock_loop import StockLoopChannel
@@ -59,7 +59,7 @@ class LoopChannel(asyncio.Protocol):
     def _lost_stock(self) -> None:
         self.stock = None  # the next one may be of either kind
 
-    def take_chunk(self, call: Call) -> bytes:
+    def take_chunk(self, call: Call) -> Payload:
         payload, credit = self._mux.take_chunk(call)
         if credit is not None:
             self._write(credit)
@@ -116,6 +116,7 @@ class LoopChannel(asyncio.Protocol):
     def _write(self, parts: Parts) -> None:
         if self._transport is not None:
             for part in parts:
+                assert not isinstance(part, Detached)  # our mux makes none
                 self._transport.write(part)
                 self._written += len(part)
 

@@ -20,6 +20,7 @@ from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original, is_module_patched
 
 from ..core.mux import Call
+from ..core.wire import Payload
 from .results import timed_out, wait_time
 from .stock import StockChannel
 
@@ -35,7 +36,7 @@ class Carrier(Protocol):
     def wait(self, call: Call, seconds: float) -> None:
         """Wait until something has arrived for the call, or the time is up."""
 
-    def take_chunk(self, call: Call) -> bytes:
+    def take_chunk(self, call: Call) -> Payload:
         """The next chunk of a call that has one."""
 
     def cancel(self, call: Call) -> None:

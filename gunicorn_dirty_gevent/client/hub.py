@@ -13,8 +13,9 @@ from gevent.hub import Waiter
 from gevent.lock import BoundedSemaphore
 from gevent.socket import socket as _GeventSocket
 
+from ..blob import detach
 from ..core.mux import Call, Mux, Phase, nobody
-from ..core.wire import Frame, FrameDecoder
+from ..core.wire import Frame, FrameDecoder, Payload
 from ..link import Link
 from .stock import StockChannel, probe
 
@@ -29,7 +30,7 @@ class HubChannel:
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
         self.stock: StockChannel | None = None
-        self._mux = Mux(socket_path)
+        self._mux = Mux(socket_path, detach)
         self._link: Link | None = None
         self._loop: Any = gevent.get_hub().loop
         self._connecting = False
@@ -83,7 +84,7 @@ class HubChannel:
     def event(self) -> Event:
         return Event()
 
-    def take_chunk(self, call: Call) -> bytes:
+    def take_chunk(self, call: Call) -> Payload:
         payload, credit = self._mux.take_chunk(call)
         if credit is not None and self._link is not None:
             self._link.send(credit)

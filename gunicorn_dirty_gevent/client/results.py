@@ -8,6 +8,7 @@ from typing import Any
 from ..core import faults, values, wire
 from ..core.faults import Fault
 from ..core.mux import Call
+from ..core.wire import Detached, Payload
 from ..errors import DirtyError, DirtyProtocolError, error_from_fault
 
 REPLY_GRACE = 0.5
@@ -48,10 +49,10 @@ def result(call: Call) -> Any:
     return value
 
 
-def decode(payload: bytes, call: Call) -> Any:
+def decode(payload: Payload, call: Call) -> Any:
     """A value that came back for the call. Raises `DirtyProtocolError` when it is none."""
     try:
-        return values.loads(payload)
+        return values.loads(payload.blob.view() if isinstance(payload, Detached) else payload)
     except values.UndecodableValue as error:
         message = f"the answer of {call.app}.{call.action} cannot be decoded: {error}"
         unreadable = DirtyProtocolError(message)

@@ -23,7 +23,7 @@ from gunicorn.dirty.tlv import TLVEncoder
 from .. import settings
 from ..core import faults, values, wire
 from ..core.mux import Call
-from ..core.wire import Frame, FrameDecoder
+from ..core.wire import Frame, FrameDecoder, Payload
 
 MAX_OPEN = 256
 """Connections at once to one stock arbiter from one process: it forks few workers and runs one call in
@@ -221,7 +221,7 @@ class StockChannel:
         if call.last is not None:
             self._end(call, keep=True)
 
-    def take_chunk(self, call: Call) -> bytes:
+    def take_chunk(self, call: Call) -> Payload:
         return call.chunks.popleft()
 
     def cancel(self, call: Call) -> None:

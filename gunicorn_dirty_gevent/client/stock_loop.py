@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..core import faults
 from ..core.mux import Call, nobody
-from ..core.wire import FrameDecoder
+from ..core.wire import FrameDecoder, Payload
 from .stock import (
     MAX_IDLE,
     MAX_OPEN,
@@ -55,7 +55,7 @@ class StockLoopChannel:
     async def wait(self, call: Call, seconds: float) -> None:
         await wait_for_news(call, seconds)
 
-    def take_chunk(self, call: Call) -> bytes:
+    def take_chunk(self, call: Call) -> Payload:
         payload = call.chunks.popleft()
         if call in self._taken:
             self._taken[call].set()

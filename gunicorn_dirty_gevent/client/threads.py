@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from ..core.mux import Call, Mux, Phase, nobody
-from ..core.wire import FrameDecoder, Parts, WireError
+from ..core.wire import Detached, FrameDecoder, Parts, Payload, WireError
 from .stock import StockChannel, probe
 
 READ_SIZE = 262144
@@ -70,7 +70,7 @@ class ThreadChannel:
     def event(self) -> threading.Event:
         return threading.Event()
 
-    def take_chunk(self, call: Call) -> bytes:
+    def take_chunk(self, call: Call) -> Payload:
         with self._lock:
             payload, credit = self._mux.take_chunk(call)
             if credit is not None:
@@ -128,6 +128,7 @@ class ThreadChannel:
         sock = self._sock
         try:
             for part in parts:
+                assert not isinstance(part, Detached)  # our mux makes none
                 view = memoryview(part)
                 while view and sock is not None:
                     sent = sock.send(view)

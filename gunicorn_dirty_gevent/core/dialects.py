@@ -17,7 +17,7 @@ import struct
 from typing import Any, Protocol
 
 from . import wire
-from .wire import Frame, FrameDecoder, Parts, WireError
+from .wire import Blob, Frame, FrameDecoder, Parts, Payload, WireError, inline_bytes
 
 CODEC_TLV, CODEC_JSON = 1, 2
 """Codecs of a REQUEST's body beside `wire.CODEC_MSGPACK`: the whole message of its dialect."""
@@ -44,7 +44,7 @@ class Dialect(Protocol):
 
     def frames(self) -> list[Frame]: ...
 
-    def pack(self, kind: int, call_id: int, payload: bytes) -> Parts: ...
+    def pack(self, kind: int, call_id: int, payload: Payload) -> Parts: ...
 
 
 class Gd2(FrameDecoder):
@@ -53,7 +53,7 @@ class Gd2(FrameDecoder):
     codec = wire.CODEC_MSGPACK
     gives_credit = True
 
-    def pack(self, kind: int, call_id: int, payload: bytes) -> Parts:
+    def pack(self, kind: int, call_id: int, payload: Payload) -> Parts:
         return wire.pack_parts(kind, call_id, payload)
 
 
@@ -78,16 +78,17 @@ class Gd1:
     def _read(self, frame: Frame) -> Frame:
         if frame.kind != wire.REQUEST:
             return frame
-        app, action = tlv_names(frame.payload)
-        return _request(frame.call_id, app, action, CODEC_TLV, frame.payload)
+        body = inline_bytes(frame.payload)
+        app, action = tlv_names(body)
+        return _request(frame.call_id, app, action, CODEC_TLV, body)
 
-    def pack(self, kind: int, call_id: int, payload: bytes) -> Parts:
+    def pack(self, kind: int, call_id: int, payload: Payload) -> Parts:
         key = self._KEYS.get(kind)
         if key is None:
             return (wire.pack_frame(kind, call_id, b"", version=1),)
         # A TLV dict of one entry around the value that the worker encoded.
         head = b"\x21\x00\x00\x00\x01\x11" + struct.pack(">I", len(key)) + key
-        return (wire.pack_frame(kind, call_id, head + payload, version=1),)
+        return (wire.pack_frame(kind, call_id, head + inline_bytes(payload), version=1),)
 
 
 class Json:
@@ -146,11 +147,11 @@ class Json:
             reason = str(error)
         return Frame(UNREADABLE, self._last_id, reason.encode("utf-8", "replace"))
 
-    def pack(self, kind: int, call_id: int, payload: bytes) -> Parts:
+    def pack(self, kind: int, call_id: int, payload: Payload) -> Parts:
         name, key = self._ANSWERS[kind]
         theirs = self._ids.get(call_id, "null") if kind == wire.CHUNK else self._ids.pop(call_id, "null")
         head = f'{{"type": "{name}", "id": {theirs}'.encode()
-        tail = b', "%s": %s}' % (key.encode(), payload) if key else b"}"
+        tail = b', "%s": %s}' % (key.encode(), inline_bytes(payload)) if key else b"}"
         return ((len(head) + len(tail)).to_bytes(4, "big") + head + tail,)
 
 
@@ -161,6 +162,7 @@ class Opening:
         self.dialect: Dialect | None = None
         self._max_message = max_message
         self._data = b""
+        self._blobs: list[Blob | bytes] = []  # one for each of the first bytes at most
 
     def receive_data(self, data: bytes) -> None:
         if self.dialect is None:
@@ -168,8 +170,17 @@ class Opening:
             if len(self._data) >= 3:
                 self.dialect = self._choose()
                 data, self._data = self._data, b""
+                blobs, self._blobs = self._blobs, []
+                for blob in blobs:
+                    self.receive_blob(blob)
         if self.dialect is not None:
             self.dialect.receive_data(data)
+
+    def receive_blob(self, blob: Blob | bytes) -> None:
+        if self.dialect is None:  # a read may hold a hello and a request that came with it
+            self._blobs.append(blob)
+        elif isinstance(self.dialect, Gd2):  # the others know no descriptors
+            self.dialect.receive_blob(blob)
 
     def frames(self) -> list[Frame]:
         return [] if self.dialect is None else self.dialect.frames()

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from . import faults, wire
 from .deadlines import Deadlines
 from .faults import Fault
-from .wire import Request
+from .wire import Payload, Request
 
 REPLY_GRACE = 0.25
 """Seconds after a call's deadline until its caller is answered without its worker's word. The worker
@@ -159,7 +159,7 @@ class Reply(NamedTuple):
     client: Any
     kind: int
     call_id: int
-    payload: bytes
+    payload: Payload
 
 
 class Refuse(NamedTuple):
@@ -302,7 +302,7 @@ class Dispatcher:
             return []
         return self._abandon(call, now)
 
-    def credit(self, client: Any, call_id: int, payload: bytes, now: float) -> list[Action]:
+    def credit(self, client: Any, call_id: int, payload: Payload, now: float) -> list[Action]:
         """The reader of a stream took chunks (`payload` of its CREDIT frame)."""
         amount = wire.unpack_credit(payload)
         call = self._clients.get(client, {}).get(call_id)
@@ -317,8 +317,8 @@ class Dispatcher:
         if paused and call.credit > 0:
             call.progress = now
             self._watch(call)
-        payload = wire.pack_credit_payload(amount)
-        return [Forward(call.worker.key, wire.CREDIT, call.worker_id, payload)]
+        credit = wire.pack_credit_payload(amount)
+        return [Forward(call.worker.key, wire.CREDIT, call.worker_id, credit)]
 
     def client_lost(self, client: Any, now: float) -> list[Action]:
         """The connection has ended: so have its calls."""
@@ -363,7 +363,7 @@ class Dispatcher:
             self._workers[worker].draining = True
 
     def frame_from_worker(
-        self, worker: int, kind: int, call_id: int, payload: bytes, now: float
+        self, worker: int, kind: int, call_id: int, payload: Payload, now: float
     ) -> list[Action]:
         """A CHUNK, or a last frame (RESPONSE, ERROR, END)."""
         known = self._workers.get(worker)

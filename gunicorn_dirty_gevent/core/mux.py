@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from . import faults, wire
 from .faults import Fault
-from .wire import Frame, Parts
+from .wire import Blob, Frame, Parts, Payload
 
 CREDIT_STEP = wire.STREAM_WINDOW // 2
 """A reader gives credit back in steps of half a window: the writer never runs dry while the reader
@@ -78,7 +78,7 @@ class Call:
         self.stream = stream
         self.id = 0  # 0: not on a link
         self.end = 0  # where the request ends in the bytes of its link
-        self.chunks: deque[bytes] = deque()
+        self.chunks: deque[Payload] = deque()
         self.consumed = 0
         self.last: Frame | None = None  # RESPONSE, ERROR or END
         self.unheard = False  # it waits, and a link ended before the arbiter said hello
@@ -94,8 +94,12 @@ class Call:
 class Mux:
     """See the module's text."""
 
-    def __init__(self, socket_path: str) -> None:
+    def __init__(self, socket_path: str, detach: Callable[[bytes], Blob | None] | None = None) -> None:
+        """`detach` makes a large body a blob (None: it cannot just now); without it, the link takes
+        none either way."""
         self.socket_path = socket_path
+        self._detach = detach
+        self._detaches = False  # and so does the arbiter
         self.phase = Phase.DOWN
         self.max_message = 0
         """The largest payload that the arbiter takes; 0 until it has said so."""
@@ -149,11 +153,12 @@ class Mux:
         call.notify()
         return []
 
-    def _greeted(self, max_message: int) -> None:
+    def _greeted(self, hello: wire.Hello) -> None:
         if self.phase is not Phase.GREETING:
             raise wire.WireError("the arbiter said hello twice")
         self.phase = Phase.OPEN
-        self.max_message = max_message
+        self.max_message = hello.max_message
+        self._detaches = self._detach is not None and bool(hello.flags & wire.HELLO_DESCRIPTORS)
 
     def _submit_waiting(self, now: float) -> Iterator[Parts]:
         for call in list(self.waiting):
@@ -214,6 +219,8 @@ class Mux:
         envelope = b""
         if call.kind == wire.REQUEST:
             flags = wire.FLAG_STREAM if call.stream else 0
+            if self._detaches:
+                flags |= wire.FLAG_DETACH
             envelope = wire.pack_envelope(call.names, call.deadline - now, flags)
         size = len(envelope) + len(call.body)
         if size > self.max_message:
@@ -225,9 +232,17 @@ class Mux:
         self._last_id += 1
         call.id = self._last_id
         self._calls[call.id] = call
-        parts = self._send(wire.pack_request(call.id, envelope, call.body, call.kind))
+        parts = self._send(self._pack(call, envelope))
         call.end = self._sent
         return parts
+
+    def _pack(self, call: Call, envelope: bytes) -> Parts:
+        if self._detaches and len(call.body) >= wire.DETACH_SIZE and call.kind == wire.REQUEST:
+            assert self._detach is not None
+            blob = self._detach(call.body)
+            if blob is not None:
+                return wire.pack_detached(wire.REQUEST, call.id, envelope, blob)
+        return wire.pack_request(call.id, envelope, call.body, call.kind)
 
     def cancel(self, call: Call) -> Parts | None:
         """The caller has gone away. Nothing further reaches the call."""
@@ -236,7 +251,7 @@ class Mux:
             return None
         return self._send((wire.pack_frame(wire.CANCEL, call.id),))
 
-    def take_chunk(self, call: Call) -> tuple[bytes, Parts | None]:
+    def take_chunk(self, call: Call) -> tuple[Payload, Parts | None]:
         """The next chunk of a stream that has one, and the credit to send for it."""
         payload = call.chunks.popleft()
         call.consumed += wire.chunk_cost(payload)

@@ -7,6 +7,10 @@ length, call id; big-endian) and a payload. The layout of the header is gunicorn
 A REQUEST's payload starts with an envelope: what the arbiter must know to place the call. The body
 after it is only read by the worker.
 
+A large body may come beside its frame, in a descriptor (`Detached`): the kind then has the bit
+`DETACHED`, the payload is what stands before the body, and the arbiter hands the descriptor on
+without touching the bytes.
+
 Ids are chosen by the side that opens the call and mean nothing beyond that one link.
 """
 
@@ -16,7 +20,8 @@ import enum
 import functools
 import math
 import struct
-from typing import NamedTuple
+from collections import deque
+from typing import NamedTuple, Protocol
 
 MAGIC = b"GD"
 VERSION = 2
@@ -28,6 +33,7 @@ _BUDGET = struct.Struct(">d")
 _LIMITS = struct.Struct(">dBB")
 _NAMES = struct.Struct(">HH")
 _HELLO = struct.Struct(">Q")
+_HELLO_FLAGS = struct.Struct(">B")
 _CREDIT = struct.Struct(">I")
 
 DEFAULT_MAX_MESSAGE = 128 * 1024 * 1024
@@ -76,10 +82,32 @@ CLASSES = int(Kind.CLASSES)
 READY = int(Kind.READY)
 BLOCKED = int(Kind.BLOCKED)
 STOP = int(Kind.STOP)
-_KINDS = frozenset(int(kind) for kind in Kind)
 
 FLAG_STREAM = 0x01
 """Envelope flag: the caller iterates; without it an action that returns a generator is an error."""
+
+FLAG_DETACH = 0x02
+"""Envelope flag: the caller can take large answers as descriptors."""
+
+DETACHED = 0x80
+"""Bit of a frame's kind: its body is in the descriptor that came with it."""
+
+DETACHABLE = frozenset((REQUEST, RESPONSE, CHUNK))
+"""Kinds whose body may be in a descriptor."""
+
+_KINDS = frozenset(int(kind) for kind in Kind) | {kind | DETACHED for kind in DETACHABLE}
+
+DETACH_SIZE = 262144
+"""Bytes from which a body is put into a descriptor, where both sides can. Below, copying it through
+sockets costs less than making a file for it. Measured: see docs/performance.rst."""
+
+MIN_DETACHED = 65536
+"""Bytes below which a body in a descriptor is refused: a hostile peer would hold descriptors for
+nothing."""
+
+MAX_LOOSE = 64
+"""Descriptors that may have come ahead of the frames they belong to. An honest peer sends each with its
+frame's first bytes, so at most what one read holds."""
 
 CODEC_MSGPACK = 0
 
@@ -91,12 +119,39 @@ class WireError(Exception):
     """The peer sent bytes that are no frames. The link can't be used any further."""
 
 
+class Blob(Protocol):
+    """Bytes that are somewhere else (`gunicorn_dirty_gevent.blob`)."""
+
+    @property
+    def descriptor(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def view(self) -> memoryview: ...
+
+
+class Detached:
+    """A payload, or a part to send, whose end is in a `Blob`: `inline` and then the blob's bytes."""
+
+    __slots__ = ("blob", "inline")
+
+    def __init__(self, inline: bytes, blob: Blob) -> None:
+        self.inline = inline
+        self.blob = blob
+
+    def __len__(self) -> int:
+        return len(self.inline) + len(self.blob)
+
+
+Payload = bytes | Detached
+
+
 class Frame(NamedTuple):
     """One frame; `kind` is a `Kind` as a plain int (hot path)."""
 
     kind: int
     call_id: int
-    payload: bytes
+    payload: Payload
 
 
 class Request(NamedTuple):
@@ -107,7 +162,7 @@ class Request(NamedTuple):
     budget: float  # seconds the caller will still wait; inf for no limit
     flags: int
     codec: int
-    payload: bytes  # the whole payload, envelope and body
+    payload: Payload  # the whole payload, envelope and body
     body_at: int
 
     @property
@@ -117,11 +172,20 @@ class Request(NamedTuple):
     @property
     def body(self) -> memoryview:
         """The encoded arguments."""
-        return memoryview(self.payload)[self.body_at :]
+        payload = self.payload
+        if isinstance(payload, Detached):
+            return payload.blob.view()
+        return memoryview(payload)[self.body_at :]
 
 
-Parts = tuple[bytes | memoryview, ...]
-"""Bytes to be sent one after the other."""
+Parts = tuple[bytes | memoryview | Detached, ...]
+"""To be sent one after the other."""
+
+
+def inline_bytes(payload: Payload) -> bytes:
+    """The payload of a frame whose kind is not in `DETACHABLE`."""
+    assert isinstance(payload, bytes)
+    return payload
 
 
 def pack_frame(kind: int, call_id: int, payload: bytes = b"", version: int = VERSION) -> bytes:
@@ -129,8 +193,16 @@ def pack_frame(kind: int, call_id: int, payload: bytes = b"", version: int = VER
     return _HEADER.pack(MAGIC, version, kind, len(payload), call_id) + payload
 
 
-def pack_parts(kind: int, call_id: int, payload: bytes) -> Parts:
+def pack_detached(kind: int, call_id: int, inline: bytes, blob: Blob) -> Parts:
+    """A frame whose body is in a descriptor."""
+    header = _HEADER.pack(MAGIC, VERSION, kind | DETACHED, len(inline), call_id)
+    return (Detached(header + inline, blob),)
+
+
+def pack_parts(kind: int, call_id: int, payload: Payload) -> Parts:
     """`pack_frame` for payloads of any size."""
+    if isinstance(payload, Detached):
+        return pack_detached(kind, call_id, payload.inline, payload.blob)
     header = _HEADER.pack(MAGIC, VERSION, kind, len(payload), call_id)
     return (header + payload,) if len(payload) <= _JOIN_LIMIT else (header, payload)
 
@@ -170,41 +242,61 @@ def pack_request(call_id: int, envelope: bytes, body: bytes, kind: int = REQUEST
 def repack_request(call_id: int, request: Request, budget: float) -> Parts:
     """The same request for the next link: another id, less time, nothing else touched."""
     payload = request.payload
+    if isinstance(payload, Detached):
+        inline = _BUDGET.pack(budget) + payload.inline[_BUDGET.size :]
+        return pack_detached(REQUEST, call_id, inline, payload.blob)
     head = _HEADER.pack(MAGIC, VERSION, REQUEST, len(payload), call_id) + _BUDGET.pack(budget)
     if len(payload) <= _JOIN_LIMIT:
         return (head + payload[_BUDGET.size :],)
     return (head, memoryview(payload)[_BUDGET.size :])
 
 
-def unpack_request(payload: bytes) -> Request:
+def unpack_request(payload: Payload) -> Request:
     """Read a REQUEST's payload. Raises `WireError` when the envelope is broken."""
-    if len(payload) < _ENVELOPE.size:
-        raise WireError(f"request envelope cut short at {len(payload)} bytes")
-    budget, flags, codec, app_size, action_size = _ENVELOPE.unpack_from(payload)
+    inline = payload.inline if isinstance(payload, Detached) else payload
+    if len(inline) < _ENVELOPE.size:
+        raise WireError(f"request envelope cut short at {len(inline)} bytes")
+    budget, flags, codec, app_size, action_size = _ENVELOPE.unpack_from(inline)
     app_end = _ENVELOPE.size + app_size
     end = app_end + action_size
-    if end > len(payload):
+    if end > len(inline):
         raise WireError("request envelope names more bytes than the frame has")
+    if end < len(inline) and inline is not payload:
+        raise WireError("a request has its body in its frame and in a descriptor")
     if not budget > -math.inf:
         raise WireError("request envelope has no number for its time budget")
     try:
-        app = payload[_ENVELOPE.size : app_end].decode()
-        action = payload[app_end:end].decode()
+        app = inline[_ENVELOPE.size : app_end].decode()
+        action = inline[app_end:end].decode()
     except UnicodeDecodeError as error:
         raise WireError("app or action in a request envelope is not UTF-8") from error
     return Request(app, action, budget, flags, codec, payload, end)
 
 
-def pack_hello(max_message: int = 0) -> bytes:
-    """The first frame of either side; the arbiter names the largest payload that it takes."""
-    return pack_frame(HELLO, 0, _HELLO.pack(max_message))
+class Hello(NamedTuple):
+    """What a side says of itself first."""
+
+    max_message: int = 0  # bytes of the largest payload that it takes
+    flags: int = 0
 
 
-def unpack_hello(payload: bytes) -> int:
-    """The peer's `max_message`. Longer payloads are read too: room for later versions."""
-    if len(payload) < _HELLO.size:
+HELLO_DESCRIPTORS = 0x01
+"""Hello flag: the arbiter takes requests with their body in a descriptor."""
+
+
+def pack_hello(max_message: int = 0, flags: int = 0) -> bytes:
+    """The first frame of either side; the arbiter's has its `Hello`, a client's is zeros."""
+    return pack_frame(HELLO, 0, _HELLO.pack(max_message) + _HELLO_FLAGS.pack(flags))
+
+
+def unpack_hello(payload: Payload) -> Hello:
+    """The peer's `Hello`. Longer payloads are read too: room for later versions; one without flags
+    has none set."""
+    data = inline_bytes(payload)
+    if len(data) < _HELLO.size:
         raise WireError("hello cut short")
-    return int(_HELLO.unpack_from(payload)[0])
+    flags = data[_HELLO.size] if len(data) > _HELLO.size else 0
+    return Hello(int(_HELLO.unpack_from(data)[0]), flags)
 
 
 def pack_credit_payload(amount: int) -> bytes:
@@ -217,13 +309,13 @@ def pack_credit(call_id: int, amount: int) -> bytes:
     return pack_frame(CREDIT, call_id, pack_credit_payload(amount))
 
 
-def unpack_credit(payload: bytes) -> int:
+def unpack_credit(payload: Payload) -> int:
     if len(payload) != _CREDIT.size:
         raise WireError("credit frame of the wrong size")
-    return int(_CREDIT.unpack(payload)[0])
+    return int(_CREDIT.unpack(inline_bytes(payload))[0])
 
 
-def chunk_cost(payload: bytes) -> int:
+def chunk_cost(payload: Payload) -> int:
     """What a chunk takes of its stream's window."""
     return max(len(payload), MIN_CHUNK_COST)
 
@@ -233,6 +325,8 @@ class FrameDecoder:
 
     `receive_data` only stores; `frames` returns what is complete. After an error the frames before
     it are still returned, then every further call raises the same `WireError`.
+
+    A descriptor is handed in by `receive_blob`, before the bytes it came with.
     """
 
     def __init__(
@@ -247,6 +341,7 @@ class FrameDecoder:
         # at each read.
         self._needed = HEADER_SIZE
         self._error: WireError | None = None
+        self._blobs: deque[Blob | bytes] = deque()  # their frames are not complete yet
 
     @property
     def buffered(self) -> int:
@@ -257,6 +352,14 @@ class FrameDecoder:
         if self._error is None:
             self._parts.append(data)
             self._size += len(data)
+
+    def receive_blob(self, blob: Blob | bytes) -> None:
+        """The body of a frame that is to come; as bytes where no descriptor could be kept for it."""
+        if len(self._blobs) < MAX_LOOSE:
+            self._blobs.append(blob)
+        elif self._error is None:
+            self._error = WireError(f"{MAX_LOOSE} descriptors came without their frames")
+            self._blobs.clear()
 
     def frames(self) -> list[Frame]:
         if self._error is not None:
@@ -279,10 +382,31 @@ class FrameDecoder:
                 self._needed = HEADER_SIZE + length
                 break
             position = start + length
-            found.append(Frame(kind, call_id, data[start:position]))
+            if kind < DETACHED:
+                found.append(Frame(kind, call_id, data[start:position]))
+                continue
+            try:
+                payload = self._with_blob(kind - DETACHED, data[start:position])
+            except WireError as error:
+                return self._fail(found, b"", str(error))
+            found.append(Frame(kind - DETACHED, call_id, payload))
         self._parts = [data[position:]] if position < size else []
         self._size = size - position
         return found
+
+    def _with_blob(self, kind: int, inline: bytes) -> Payload:
+        """The payload of a frame whose body came beside it."""
+        if not self._blobs:
+            raise WireError("a frame names a descriptor, and none came with it")
+        blob = self._blobs.popleft()
+        size = len(inline) + len(blob)
+        if size > self.max_message:
+            raise WireError(f"a frame of {size} bytes; {self.max_message} may be sent")
+        if len(blob) < MIN_DETACHED:
+            raise WireError(f"{len(blob)} bytes in a descriptor; the least is {MIN_DETACHED}")
+        if inline and kind != REQUEST:
+            raise WireError("an answer stands in its frame and in a descriptor")
+        return inline + blob if isinstance(blob, bytes) else Detached(inline, blob)
 
     def _fail(self, found: list[Frame], header: bytes, why: str = "") -> list[Frame]:
         self._error = WireError(why or f"not a frame of this protocol: {header.hex()}")

@@ -234,3 +234,30 @@ def test_damaged_tlv_is_a_wire_error_or_two_names(noise: bytes, at: int) -> None
 def test_a_stock_request_without_names_is_a_wire_error(body: bytes, why: str) -> None:
     with pytest.raises(WireError, match=why):
         tlv_names(body)
+
+
+# Descriptors.
+
+
+class Beside(bytes):
+    """Stands for a memory file."""
+
+
+def test_a_body_may_come_in_the_same_read_as_the_first_bytes_of_its_connection():
+    opening = dialects.Opening(1000_000)
+    blob = Beside(wire.MIN_DETACHED)
+    (part,) = wire.pack_detached(wire.RESPONSE, 3, b"", blob)
+    opening.receive_blob(blob)
+    opening.receive_data(wire.pack_hello() + part.inline)
+    hello, answer = opening.frames()
+    assert (hello.kind, answer.call_id, answer.payload) == (wire.HELLO, 3, blob)
+
+
+@pytest.mark.parametrize("first", [wire.MAGIC + b"\x01", b"\0\0\0\x02{}"])
+def test_the_other_dialects_drop_descriptors(first):
+    opening = dialects.Opening(1000_000)
+    for _ in range(2 * wire.MAX_LOOSE):
+        opening.receive_blob(Beside(wire.MIN_DETACHED))
+    opening.receive_data(first)
+    opening.receive_blob(Beside(wire.MIN_DETACHED))
+    opening.frames()

@@ -21,6 +21,14 @@ def response(call_id, payload=b"result"):
     return Frame(wire.RESPONSE, call_id, payload)
 
 
+DESCRIPTORS = Frame(wire.HELLO, 0, wire.pack_hello(2**30, wire.HELLO_DESCRIPTORS)[wire.HEADER_SIZE :])
+LARGE = bytes(wire.DETACH_SIZE)
+
+
+class Beside(bytes):
+    """Stands for a memory file."""
+
+
 class Wired:
     """A mux and what it gave to its links."""
 
@@ -472,3 +480,71 @@ def test_the_fault_of_a_lost_link_is_the_documented_one():
     wired.submit(one)
     wired.mux.lost("reset", 10**9)
     assert one.fault == faults.connection_lost("m:A", "go", "reset", True, "/tmp/dirty.sock")
+
+
+# Large bodies.
+
+
+def sent_large(hello, body=LARGE, detach=Beside):
+    """The parts of one call's request, the call and its mux."""
+    mux = Mux("/tmp/dirty.sock", detach)
+    mux.connected()
+    list(mux.receive(hello, 0.0))
+    one = call(body=body)
+    parts = mux.submit(one, 0.0)
+    return parts, one, mux
+
+
+def test_a_large_body_goes_beside_its_request_where_the_arbiter_takes_it():
+    (part,), one, mux = sent_large(DESCRIPTORS)
+    assert isinstance(part, wire.Detached)
+    assert part.blob == LARGE
+    request = wire.unpack_request(wire.Detached(part.inline[wire.HEADER_SIZE :], part.blob))
+    assert request.flags & wire.FLAG_DETACH
+    # Not handed over as long as the kernel has not taken all of it, the body included.
+    assert one.end == len(wire.pack_hello()) + len(part)
+    mux.lost("gone", one.end - 1)
+    assert list(mux.waiting) == [one]
+
+
+@pytest.mark.parametrize(
+    ("hello", "body", "detach"),
+    [
+        (DESCRIPTORS, LARGE[1:], Beside),  # not large
+        (DESCRIPTORS, LARGE, lambda body: None),  # no memory file can be made
+        (DESCRIPTORS, LARGE, None),  # a client that has none
+        (Frame(wire.HELLO, 0, wire.pack_hello(2**30)[wire.HEADER_SIZE :]), LARGE, Beside),  # such an arbiter
+    ],
+)
+def test_other_bodies_go_in_the_frame(hello, body, detach):
+    parts, _, _ = sent_large(hello, body, detach)
+    (frame,) = received_frames(parts)
+    request = wire.unpack_request(frame.payload)
+    assert request.body == body
+    both = detach is not None and hello is DESCRIPTORS
+    assert bool(request.flags & wire.FLAG_DETACH) is both
+
+
+def received_frames(parts):
+    decoder = FrameDecoder()
+    decoder.receive_data(b"".join(parts))
+    return decoder.frames()
+
+
+def test_the_stash_takes_no_descriptors():
+    mux = Mux("/tmp/dirty.sock", Beside)
+    mux.connected()
+    list(mux.receive(DESCRIPTORS, 0.0))
+    (frame,) = received_frames(mux.submit(Call("", "", LARGE, math.inf, False, wire.STASH), 0.0))
+    assert (frame.kind, frame.payload) == (wire.STASH, LARGE)
+
+
+def test_a_large_chunk_counts_whole_in_its_window():
+    mux = Wired().open().mux
+    one = call(stream=True)
+    mux.submit(one, 0.0)
+    chunk = wire.Detached(b"", Beside(bytes(CREDIT_STEP)))
+    list(mux.receive(Frame(wire.CHUNK, one.id, chunk), 0.0))
+    payload, credit = mux.take_chunk(one)
+    assert payload is chunk
+    assert received_frames(credit)[0][:2] == (wire.CREDIT, one.id)

@@ -249,15 +249,137 @@ def test_the_longest_names():
     assert (request.app, request.action) == ("a" * 65535, "b" * 65535)
 
 
+# Bodies that come beside their frames.
+
+
+class Beside:
+    """Stands for a memory file."""
+
+    descriptor = -1
+
+    def __init__(self, data=bytes(wire.MIN_DETACHED)):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def view(self):
+        return memoryview(self.data)
+
+
+def sent(parts):
+    """What a link would send of these parts: the bytes, and the bodies that go beside them."""
+    parts = [(part.inline, part.blob) if isinstance(part, wire.Detached) else (part, None) for part in parts]
+    return b"".join(data for data, _ in parts), [blob for _, blob in parts if blob is not None]
+
+
+def received(data, *blobs, **options):
+    decoder = FrameDecoder(**options)
+    for blob in blobs:
+        decoder.receive_blob(blob)
+    decoder.receive_data(data)
+    return decoder.frames()
+
+
+def test_a_request_with_its_body_beside_it_goes_through_an_arbiter():
+    blob = Beside(b"b" * 70_000)
+    data, blobs = sent(wire.pack_detached(wire.REQUEST, 5, envelope(budget=9.0, flags=3), blob))
+    (frame,) = received(data, *blobs)
+    assert (frame.kind, frame.call_id) == (wire.REQUEST, 5)
+    request = wire.unpack_request(frame.payload)
+    assert request[:5] == ("m:A", "go", 9.0, 3, 0)
+    assert len(request.payload) == len(envelope()) + 70_000  # what queues and limits count
+    data, blobs = sent(wire.repack_request(77, request, 4.0))
+    assert blobs == [blob]
+    assert len(data) < 100
+    (frame,) = received(data, *blobs)
+    request = wire.unpack_request(frame.payload)
+    assert (frame.call_id, request.budget, bytes(request.body)) == (77, 4.0, blob.data)
+
+
+@pytest.mark.parametrize("kind", [wire.RESPONSE, wire.CHUNK])
+def test_an_answer_beside_its_frame(kind):
+    blob = Beside()
+    data, blobs = sent(wire.pack_detached(kind, 5, b"", blob))
+    (frame,) = received(data, *blobs)
+    assert (frame.kind, frame.call_id, len(frame.payload)) == (kind, 5, wire.MIN_DETACHED)
+    assert wire.chunk_cost(frame.payload) == wire.MIN_DETACHED
+    data, blobs = sent(wire.pack_parts(kind, 9, frame.payload))
+    assert blobs == [blob]
+    assert received(data, *blobs)[0].payload.blob is blob
+
+
+def test_bodies_and_frames_are_matched_in_order_however_the_bytes_come():
+    first, second = Beside(b"1" * 70_000), Beside(b"2" * 80_000)
+    one, _ = sent(wire.pack_detached(wire.RESPONSE, 1, b"", first))
+    two, _ = sent(wire.pack_detached(wire.RESPONSE, 2, b"", second))
+    decoder = FrameDecoder()
+    found = []
+    for place, byte in enumerate(GOOD + one + GOOD + two):
+        # Each body is there with the first byte of its frame.
+        if place == len(GOOD):
+            decoder.receive_blob(first)
+        if place == len(GOOD + one + GOOD):
+            decoder.receive_blob(second)
+        decoder.receive_data(bytes([byte]))
+        found += decoder.frames()
+    assert [frame.call_id for frame in found] == [7, 1, 7, 2]
+    assert [frame.payload.blob for frame in found[1::2]] == [first, second]
+
+
+def test_a_body_that_could_not_be_kept_as_a_descriptor_counts_as_sent_inline():
+    body = b"b" * 70_000
+    data, _ = sent(wire.pack_detached(wire.REQUEST, 5, envelope(), Beside(body)))
+    (frame,) = received(data, body)
+    assert frame == Frame(wire.REQUEST, 5, envelope() + body)
+
+
+REQUESTED = sent(wire.pack_detached(wire.REQUEST, 5, envelope(), Beside()))[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "blobs", "said"),
+    [
+        (REQUESTED, [], "none came with it"),
+        (REQUESTED, [Beside(bytes(wire.MIN_DETACHED - 1))], "the least is"),
+        (REQUESTED, [Beside(b"")], "the least is"),
+        (REQUESTED, [Beside(bytes(100_000))], "may be sent"),
+        (wire.pack_frame(wire.RESPONSE | wire.DETACHED, 1, b"x"), [Beside()], "and in a descriptor"),
+        (wire.pack_frame(wire.HELLO | wire.DETACHED, 1, b""), [Beside()], "not a frame"),
+        (wire.pack_frame(wire.CANCEL | wire.DETACHED, 1, b""), [Beside()], "not a frame"),
+        (GOOD, [Beside()] * (wire.MAX_LOOSE + 1), "without their frames"),
+    ],
+)
+def test_bodies_that_are_refused(data, blobs, said):
+    with pytest.raises(WireError, match=said):
+        received(data, *blobs, max_message=99_999)
+
+
+def test_a_good_frame_before_a_body_that_is_missing_still_counts():
+    decoder = FrameDecoder()
+    decoder.receive_data(GOOD + REQUESTED)
+    assert [frame.call_id for frame in decoder.frames()] == [7]
+    with pytest.raises(WireError):
+        decoder.frames()
+
+
+def test_a_request_has_its_body_in_one_place():
+    data, _ = sent(wire.pack_detached(wire.REQUEST, 5, envelope() + b"more", Beside()))
+    (frame,) = received(data, Beside())
+    with pytest.raises(WireError, match="in its frame and in a descriptor"):
+        wire.unpack_request(frame.payload)
+
+
 # The small ones.
 
 
 @given(st.integers(0, 2**64 - 1), st.binary(max_size=20))
 def test_hello(limit, later):
-    (frame,) = decoded([wire.pack_hello(limit)])[1]
+    (frame,) = decoded([wire.pack_hello(limit, wire.HELLO_DESCRIPTORS)])[1]
     assert frame[:2] == (wire.HELLO, 0)
-    assert wire.unpack_hello(frame.payload) == limit
-    assert wire.unpack_hello(frame.payload + later) == limit
+    assert wire.unpack_hello(frame.payload) == (limit, wire.HELLO_DESCRIPTORS)
+    assert wire.unpack_hello(frame.payload + later) == (limit, wire.HELLO_DESCRIPTORS)
+    assert wire.unpack_hello(frame.payload[:8]) == (limit, 0)  # an arbiter of an earlier version
 
 
 @given(ids, st.integers(0, 2**32 - 1))

@@ -1,0 +1,90 @@
+"""Large bodies in sealed memory files, which travel as descriptors (`core.wire.Detached`).
+
+The sender writes a body once, the receiver maps it; the arbiter between them hands on a number. The
+seals are what lets a receiver read another process's memory: nobody can change or shorten it any more
+(fcntl(2), F_ADD_SEALS). Linux only, as this library is; where a memory file cannot be made (a container
+may forbid the call, the descriptors may be used up), the body goes in its frame as a small one does.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+from collections.abc import Iterable
+
+from .core.wire import WireError
+
+NAME = "gunicorn-dirty-body"
+"""What the files are called: /proc/PID/fd shows ``/memfd:gunicorn-dirty-body (deleted)``."""
+
+RESERVE = 64
+"""Descriptors below the limit that bodies leave free, for connections, forks and log files. A body that
+arrives when fewer are left is read at once instead of being kept open."""
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class Blob:
+    """Bytes in a memory file. Closes its descriptor when nobody has it any more."""
+
+    __slots__ = ("_size", "descriptor")
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self.descriptor = descriptor
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+    def view(self) -> memoryview:
+        """The bytes, mapped for as long as the view is kept."""
+        import mmap  # not in gunicorn's master, which loads this module
+
+        # Private: before Linux 6.7 a file sealed against writing could not be mapped as shared.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_POPULATE
+        return memoryview(mmap.mmap(self.descriptor, self._size, flags=flags, prot=mmap.PROT_READ))
+
+
+def detach(body: bytes) -> Blob | None:
+    """A blob of these bytes, or None where none can be made."""
+    try:
+        descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except (AttributeError, OSError):
+        return None
+    blob = Blob(descriptor, len(body))
+    try:
+        rest = memoryview(body)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:  # no memory left for it
+        return None
+    return blob
+
+
+def received(ancillary: Iterable[tuple[int, int, bytes]]) -> list[Blob | bytes]:
+    """What came beside the bytes of one read, as blobs; as bytes where the descriptor's number is near
+    the limit of this process. Raises `WireError` when it is no sealed memory file."""
+    import resource  # not in gunicorn's master, which loads this module
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    descriptors = array.array("i")
+    for _level, _kind, data in ancillary:  # nothing but SCM_RIGHTS comes without being asked for
+        descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    blobs = [Blob(number, 0) for number in descriptors]  # from here on each is closed, whatever happens
+    return [_checked(blob, limit) for blob in blobs]
+
+
+def _checked(blob: Blob, limit: int) -> Blob | bytes:
+    try:
+        sealed = fcntl.fcntl(blob.descriptor, fcntl.F_GET_SEALS)
+    except OSError:  # not a memory file
+        sealed = 0
+    if sealed & _SEALS != _SEALS:
+        raise WireError("a descriptor that is no sealed memory file")
+    blob._size = os.fstat(blob.descriptor).st_size
+    return bytes(blob.view()) if blob.descriptor > limit - RESERVE and len(blob) else blob
