@@ -78,8 +78,12 @@ def queue_timeout(app: str, action: str, waited: float, why: str, *, ran: bool =
     )
 
 
+_OWN_LIMIT = "dirty_timeout of gunicorn, the app or the action"
+"""The three places where an action's own limit may have been set."""
+
+
 def stopped_by_timeout(app: str, action: str, limit: float, pid: int, *, own_limit: bool) -> Fault:
-    whose = "dirty_timeout" if own_limit else "the time its caller gave it"
+    whose = _OWN_LIMIT if own_limit else "the time its caller gave it"
     return fault(
         "DirtyTimeoutError",
         f"{app}.{action} was stopped after {limit:.3g} s in dirty worker {pid} ({whose}); it has run in part",
@@ -155,7 +159,7 @@ def run_timeout(app: str, action: str, ran: float, pid: int) -> Fault:
 def held_up(app: str, action: str, limit: float, pid: int, first: str) -> Fault:
     return fault(
         "DirtyTimeoutError",
-        f"{app}.{action} did not end within {limit:.6g} s (dirty_timeout); it was probably not started: "
+        f"{app}.{action} did not end within {limit:.6g} s ({_OWN_LIMIT}); it was probably not started: "
         f"{first} keeps the hub of dirty worker {pid} from running",
         may_have_run=True,
         timeout=limit,
@@ -168,7 +172,7 @@ def held_up(app: str, action: str, limit: float, pid: int, first: str) -> Fault:
 def stuck(app: str, action: str, limit: float, pid: int) -> Fault:
     return fault(
         "DirtyTimeoutError",
-        f"{app}.{action} ran past its limit of {limit:.6g} s (dirty_timeout) and could not be stopped: "
+        f"{app}.{action} ran past its limit of {limit:.6g} s ({_OWN_LIMIT}) and could not be stopped: "
         f"dirty worker {pid} is killed; it has run in part",
         may_have_run=True,
         timeout=limit,
