@@ -111,9 +111,8 @@ class DirtyArbiter:
     def _main(self) -> None:
         self.pid = os.getpid()
         self.log.info("Dirty arbiter starting (pid: %s)", self.pid)
-        bodies = (self.settings.queue_bytes + self.settings.unread_bytes) // wire.DETACH_SIZE
-        tasks = DESCRIPTORS_PER_TASK * self.cfg.dirty_threads
-        needed = BASE_DESCRIPTORS + self.cfg.dirty_workers + tasks + bodies
+        # Bodies in descriptors are not counted: where few are left, they are read (`blob.RESERVE`).
+        needed = BASE_DESCRIPTORS + self.cfg.dirty_workers + DESCRIPTORS_PER_TASK * self.cfg.dirty_threads
         process.raise_descriptor_limit(needed)
         util.set_owner_process(self.cfg.uid, self.cfg.gid, initgroups=self.cfg.initgroups)
         process.die_with_parent(signal.SIGQUIT, self.ppid)

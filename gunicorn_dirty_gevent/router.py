@@ -152,6 +152,8 @@ class Router:
         for kind, call_id, payload in frames:
             if kind in (wire.CHUNK, wire.RESPONSE, wire.ERROR, wire.END):
                 self.act(self.dispatcher.frame_from_worker(key, kind, call_id, payload, now))
+            elif kind == wire.PING:
+                self.dispatcher.worker_heard(key, now)
             elif kind == wire.BLOCKED:
                 self.dispatcher.worker_blocked(key, call_id, now)
             elif kind in (wire.READY, wire.CLASSES, wire.STOP):

@@ -240,6 +240,8 @@ class DirtyWorker:
             elif kind == wire.CREDIT:
                 if call_id in self._tasks:
                     self._tasks[call_id].add_credit(wire.unpack_credit(payload))
+            elif kind == wire.PING:
+                self.send(wire.PING, 0, b"")
             elif kind == wire.STOP:
                 self._draining = True
                 self._wake_up()

@@ -41,6 +41,12 @@ BLOCKED_GRACE = 1.0
 """Seconds for which a worker's word counts that a call blocks its hub; it says so four times a second."""
 
 
+SILENCE = 0.005
+"""Seconds without a word from a worker after which calls go to others first, until it has answered a
+PING: an action that computes may keep its hub from running. Far above the time in which a free hub
+answers (some 0.1 ms), and as long as a small call may be late for the sake of a computing one."""
+
+
 class State(enum.Enum):
     ARRIVED = "arrived"
     QUEUED = "queued"
@@ -107,10 +113,12 @@ class Worker:
         "blocked_at",
         "blocked_by",
         "draining",
+        "heard",
         "key",
         "last_id",
         "max_calls",
         "pid",
+        "pinged",
         "running",
         "slots",
     )
@@ -126,6 +134,8 @@ class Worker:
         self.draining = False
         self.blocked_by = 0  # the call that it last said blocks its hub
         self.blocked_at = -math.inf
+        self.heard = -math.inf  # when it last showed that its hub runs, or was given its only call
+        self.pinged = False  # and has been asked since
 
 
 class AppTraits(NamedTuple):
@@ -262,9 +272,10 @@ class Dispatcher:
             return [Refuse(client, call_id, refusal)]
         call = Call(client, call_id, request, now)
         calls[call_id] = call
-        worker = None if queue else self._free_worker(request.app)
+        pings: list[Action] = []
+        worker = None if queue else self._free_worker(request.app, now, pings)
         if worker is not None:
-            return self._assign(call, worker, now)
+            return [*pings, *self._assign(call, worker, now)]
         if len(queue) >= self.limits.queue_calls:
             return [self._end(call, faults.overloaded(request.app, self._full(queue)))]
         queue.put(call)
@@ -372,6 +383,7 @@ class Dispatcher:
         if known is None or call is None:
             self.late_frames += 1
             return []
+        known.heard, known.pinged = now, False
         wanted = call.state is State.RUNNING
         if kind == wire.CHUNK:
             if not wanted:
@@ -408,6 +420,12 @@ class Dispatcher:
         for other in list(self._workers.values()):
             actions += self._fill(other, now)
         return actions
+
+    def worker_heard(self, worker: int, now: float) -> None:
+        """A worker has answered a PING: its hub runs."""
+        known = self._workers.get(worker)
+        if known is not None:
+            known.heard, known.pinged = now, False
 
     def worker_blocked(self, worker: int, call_id: int, now: float) -> None:
         """A worker says that this call keeps its hub from running."""
@@ -551,17 +569,23 @@ class Dispatcher:
     def _has(self, app: str) -> bool:
         return any(app in worker.apps and not worker.draining for worker in self._workers.values())
 
-    def _free_worker(self, app: str) -> Worker | None:
-        """The least loaded worker with the app and a free slot."""
+    def _free_worker(self, app: str, now: float, pings: list[Action]) -> Worker | None:
+        """The least loaded worker with the app and a free slot; one that is silent comes last, and is
+        asked in `pings` whether its hub runs."""
         best: Worker | None = None
-        least = -1
+        least = (True, -1)
+        several = len(self._workers) > 1
         for worker in self._workers.values():
             load = len(worker.running)
             if worker.draining or load >= worker.slots or app not in worker.apps:
                 continue
-            if best is None or load < least:
-                best, least = worker, load
-        if best is not None and len(self._workers) > 1:
+            silent = several and load > 0 and now - worker.heard > SILENCE
+            if silent and not worker.pinged:
+                worker.pinged = True
+                pings.append(Forward(worker.key, wire.PING, 0, b""))
+            if best is None or (silent, load) < least:
+                best, least = worker, (silent, load)
+        if best is not None and several:
             # To the end of the line, so that equally loaded workers take turns.
             self._workers[best.key] = self._workers.pop(best.key)
         return best
@@ -576,6 +600,8 @@ class Dispatcher:
         call.attempts += 1
         worker.last_id += 1
         call.worker_id = worker.last_id
+        if not worker.running:
+            worker.heard, worker.pinged = now, False
         worker.running[call.worker_id] = call
         self._watch(call)
         assign = Assign(worker.key, call.worker_id, request, call.deadline - now)

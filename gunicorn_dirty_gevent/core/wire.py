@@ -65,6 +65,7 @@ class Kind(enum.IntEnum):
     CLASSES = 0x20  # worker: what the app classes declare
     READY = 0x21  # worker: apps are loaded; from now on it takes calls
     BLOCKED = 0x23  # worker: this call keeps the hub from running
+    PING = 0x24  # arbiter: is your hub running? worker: it is
     STOP = 0x22  # arbiter: finish what runs, then exit; worker: send me nothing more, I go
 
 
@@ -81,6 +82,7 @@ STASH = int(Kind.STASH)
 CLASSES = int(Kind.CLASSES)
 READY = int(Kind.READY)
 BLOCKED = int(Kind.BLOCKED)
+PING = int(Kind.PING)
 STOP = int(Kind.STOP)
 
 FLAG_STREAM = 0x01

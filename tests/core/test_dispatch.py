@@ -10,6 +10,7 @@ from gunicorn_dirty_gevent.core.deadlines import SLICE
 from gunicorn_dirty_gevent.core.dispatch import (
     KILL_GRACE,
     REPLY_GRACE,
+    SILENCE,
     ActionTraits,
     AppTraits,
     Assign,
@@ -877,3 +878,89 @@ def test_a_cancelled_request_is_let_go_at_once():
     assert sys.getrefcount(mine) > sys.getrefcount(alone)
     do(dispatcher, 0.0, ("cancel", "c", 20))
     assert sys.getrefcount(mine) == sys.getrefcount(alone)
+
+
+# Workers whose hub may not be running.
+
+LATER = SILENCE * 1.5
+
+
+def two(*more):
+    """A table in which worker 1 runs a call that says nothing, and worker 2 waits."""
+    return [
+        (0, ("worker_ready", 1, *ready(slots=9)), []),
+        (0, ("worker_ready", 2, *ready(slots=9)), []),
+        (0, ("submit", "c", 1, request(action="burn")), ["assign w1#1 burn 10"]),
+        *more,
+    ]
+
+
+def test_a_silent_worker_is_asked_once_and_gets_calls_last():
+    play(
+        two(
+            # Soon after its first call a worker counts as free for more.
+            (SILENCE / 2, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (SILENCE / 2, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
+            (SILENCE / 2, ("frame_from_worker", 2, wire.RESPONSE, 1, b""), ["reply c#2 RESPONSE"]),
+            # Later not, though the other has more to do.
+            (LATER, ("submit", "c", 4, request()), ["forward w1#0 PING", "assign w2#2 go 10"]),
+            (LATER, ("submit", "c", 5, request()), ["assign w2#3 go 10"]),
+            (LATER, ("submit", "c", 6, request()), ["assign w2#4 go 10"]),
+            (LATER, ("submit", "c", 7, request()), ["assign w2#5 go 10"]),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "word", [("worker_heard", 1), ("frame_from_worker", 1, wire.CHUNK, 1, b"")], ids=["pong", "chunk"]
+)
+def test_a_worker_that_has_said_a_word_takes_its_share_again(word):
+    said = [] if word[0] == "worker_heard" else ["reply c#1 CHUNK"]
+    play(
+        two(
+            (LATER, ("submit", "c", 2, request()), ["forward w1#0 PING", "assign w2#1 go 10"]),
+            (LATER, ("submit", "c", 3, request()), ["assign w2#2 go 10"]),
+            (LATER, word, said),
+            (LATER, ("submit", "c", 4, request()), ["assign w1#2 go 10"]),
+            # Until it has been silent again for as long.
+            (3 * LATER, ("frame_from_worker", 2, wire.RESPONSE, 1, b""), ["reply c#2 RESPONSE"]),
+            (3 * LATER, ("submit", "c", 5, request()), ["forward w1#0 PING", "assign w2#3 go 10"]),
+        )
+    )
+
+
+def test_silent_workers_get_calls_when_no_other_has_a_slot():
+    play(
+        [
+            (0, ("worker_ready", 1, *ready(slots=2)), []),
+            (0, ("worker_ready", 2, *ready(slots=1)), []),
+            (0, ("submit", "c", 1, request()), ["assign w1#1 go 10"]),
+            (LATER, ("submit", "c", 2, request()), ["forward w1#0 PING", "assign w2#1 go 10"]),
+            (LATER, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
+            (LATER, ("submit", "c", 4, request()), []),  # waits
+        ]
+    )
+
+
+def test_all_silent_workers_are_asked_and_the_least_loaded_is_taken():
+    play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (0, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
+            (
+                LATER,
+                ("submit", "c", 4, request()),
+                ["forward w2#0 PING", "forward w1#0 PING", "assign w2#2 go 10"],
+            ),
+        )
+    )
+
+
+def test_an_idle_worker_is_not_silent():
+    play(
+        two(
+            (1, ("frame_from_worker", 1, wire.RESPONSE, 1, b""), ["reply c#1 RESPONSE"]),
+            (9, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
+        )
+    )

@@ -70,6 +70,7 @@ class ModelWorker:
         self.slots = slots
         self.draining = False
         self.stuck = False
+        self.asked = False  # whether its hub runs
         self.running = {}  # id on its link -> Submitted
         self.ids = set()
         self.worn = 0
@@ -109,6 +110,10 @@ class DispatcherMachine(RuleBasedStateMachine):
                 self.replied(action)
             elif isinstance(action, Refuse):
                 self.refused(action)
+            elif isinstance(action, Forward) and action.kind == wire.PING:
+                worker = self.workers[action.worker]
+                assert worker.running and not worker.draining and not worker.asked
+                worker.asked = True
             elif isinstance(action, Forward):
                 assert action.call_id in self.workers[action.worker].running
                 if action.kind == wire.CANCEL:
@@ -125,6 +130,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         worker = self.workers[action.worker]
         call = self.calls[int(bytes(action.request.body))]
         assert not worker.draining and len(worker.running) < worker.slots
+        worker.asked = worker.asked and bool(worker.running)
         assert call.app == action.request.app and call.app in worker.apps
         assert action.call_id not in worker.ids
         assert call in self.waiting.values(), "nobody waits for it"
@@ -232,6 +238,9 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     def frame(self, key, call_id, kind):
         worker = self.workers[key]
+        if worker.asked and kind == wire.CHUNK:
+            self.dispatcher.worker_heard(key, self.now)
+        worker.asked = False
         call = worker.running[call_id]
         if call not in self.waiting.values():
             self.late += kind == wire.CHUNK
@@ -424,6 +433,8 @@ class FakeWorker:
                 self.tasks[call_id][2] += wire.unpack_credit(payload)
             elif kind == wire.CANCEL and self.tasks.pop(call_id, None) is not None:
                 self.say(wire.END, call_id, b"")
+            elif kind == wire.PING:
+                self.say(wire.PING, 0, b"")
 
     def work(self, which):
         """One task goes one step on."""
@@ -504,7 +515,10 @@ class System:
 
     def from_worker(self, worker, frames):
         for frame in frames:
-            self.act(self.dispatcher.frame_from_worker(worker.key, *frame, self.now))
+            if frame.kind == wire.PING:
+                self.dispatcher.worker_heard(worker.key, self.now)
+            else:
+                self.act(self.dispatcher.frame_from_worker(worker.key, *frame, self.now))
 
     def to_client(self, client, frames):
         for frame in frames:

@@ -1,0 +1,67 @@
+"""Calls beside an action that computes: they go to a worker whose hub runs."""
+
+from __future__ import annotations
+
+from asking import app_source, ask, asking, path, wait_ready
+from support.gunicorn import Gunicorn
+
+APP = "tasks:App"
+
+TASKS = """
+import os
+import time
+from gunicorn.dirty import DirtyApp
+
+
+class App(DirtyApp):
+    def spin(self, name):
+        print(f"spinning in {os.getpid()}", flush=True)
+        while not os.path.exists(f"release-{name}"):
+            pass
+        return os.getpid()
+
+    def nap(self, seconds):
+        time.sleep(seconds)
+        return os.getpid()
+"""
+
+VIEWS = """
+@route("/small")
+def small(environ, query):
+    client = get_dirty_client()
+    pids = set()
+    for _ in range(int(query["n"])):
+        # More at once than the other worker has running.
+        calls = [gevent.spawn(client.execute, "tasks:App", "nap", 0.002) for _ in range(3)]
+        gevent.joinall(calls, raise_error=True)
+        pids |= {call.value for call in calls}
+    return {"result": sorted(pids)}
+"""
+
+SETTINGS = {"dirty_apps": [APP], "dirty_workers": 2, "dirty_threads": 9, "dirty_timeout": 40}
+
+
+def test_no_call_waits_for_a_worker_that_computes_while_another_is_free() -> None:
+    with Gunicorn(app_source(VIEWS), TASKS, SETTINGS) as gunicorn:
+        both = wait_ready(gunicorn, 2)
+        with asking(gunicorn, [path(APP, "spin", "spin")]) as calls:
+            spinning = int(gunicorn.wait_log(r"^spinning in (\d+)$").group(1))
+            # One call at a time goes to the idle worker. This one lasts longer than `dispatch.SILENCE`.
+            assert ask(gunicorn, APP, "nap", 0.05) != spinning
+            assert gunicorn.get("/small?n=100", timeout=30).json()["result"] == [
+                pid for pid in both if pid != spinning
+            ]
+            assert not calls[0].done()
+            (gunicorn.dir / "release-spin").touch()
+            assert calls[0].result(20) == spinning
+        # Then it takes its share again.
+        assert sorted(gunicorn.get("/small?n=100", timeout=30).json()["result"]) == sorted(both)
+
+
+def test_calls_that_wait_in_a_worker_do_not_keep_others_from_it() -> None:
+    with Gunicorn(app_source(VIEWS), TASKS, SETTINGS) as gunicorn:
+        both = wait_ready(gunicorn, 2)
+        with asking(gunicorn, [path(APP, "nap", 5)] * 2) as calls:
+            assert sorted(gunicorn.get("/small?n=200", timeout=30).json()["result"]) == sorted(both)
+            assert ask(gunicorn, APP, "nap", 0) in both
+            assert {call.result(20) for call in calls} <= set(both)
