@@ -12,7 +12,7 @@ import json  # noqa: E402
 import sys  # noqa: E402
 
 import rows  # noqa: E402
-from contestants import caller_factory  # noqa: E402
+from contestants import Missing, caller_factory  # noqa: E402
 
 
 def main() -> None:
@@ -23,7 +23,10 @@ def main() -> None:
     with open(0, closefd=False) as orders:
         while name := orders.readline().strip():
             try:
-                print(json.dumps({"values": rows.run(name, new, scale)}), flush=True)
+                values = rows.run(name, new, scale, floor=contestant.startswith("floor"))
+                print(json.dumps({"values": values}), flush=True)
+            except Missing:
+                print(json.dumps({"values": {}}), flush=True)
             except Exception as error:
                 print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
                 return

@@ -8,6 +8,8 @@ What is measured: calls from one gevent-patched client process, over each contes
 * ours: a real gunicorn -k gevent with this library installed, dirty_threads = 200.
 * stock-shared: a real gunicorn without it; all greenlets share one client, which is what
   ``get_dirty_client()`` gives under gevent. stock-per-greenlet: each greenlet makes a client.
+* executor: ``concurrent.futures.ProcessPoolExecutor``; zerorpc: one server process for each worker, used
+  in turn (``peers.py``).
 * floor-direct, floor-relay: what processes on gevent can do at all (``floor.py``): client and one
   server; client, relay and two servers, which is the way of our calls.
 
@@ -40,7 +42,7 @@ from rows import METRICS, ROWS
 
 Values = dict[str, dict[str, list[float]]]  # metric -> contestant -> one value per round
 
-PACKAGES = ("gunicorn-dirty-gevent", "gunicorn", "gevent", "ormsgpack")
+PACKAGES = ("gunicorn-dirty-gevent", "gunicorn", "gevent", "ormsgpack", "zerorpc")
 
 
 def main() -> int:
@@ -107,8 +109,6 @@ def run_rounds(
         for row in options.rows:
             print(f"round {number}: {row}", end=" " * 20 + "\r", file=sys.stderr, flush=True)
             for name in measure:
-                if name.startswith("floor") and not ROWS[row].floor:
-                    continue
                 answer = measure[name](row)
                 if "error" in answer:
                     errors.append(f"round {number}, {row}, {name}: {answer['error']}")

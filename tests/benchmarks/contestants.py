@@ -11,14 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gevent
 
-CONTESTANTS = ("ours", "stock-shared", "stock-per-greenlet", "floor-direct", "floor-relay")
+CONTESTANTS = (
+    *("ours", "stock-shared", "stock-per-greenlet"),
+    *("executor", "zerorpc", "floor-direct", "floor-relay"),
+)
 
 WORKERS = 2
 APP = "tasks:Bench"
@@ -40,6 +43,12 @@ class Bench(DirtyApp):
         time.sleep(seconds)
         return value
 
+    def burn(self, seconds, value):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+        return value
+
     def items(self, tag, count, pause):
         for number in range(count):
             if pause:
@@ -55,6 +64,10 @@ class Caller(NamedTuple):
     stream: Callable[..., Iterator[Any]] | None = None
 
 
+class Missing(Exception):
+    """The contestant has no such thing."""
+
+
 # The servers.
 
 
@@ -67,14 +80,22 @@ def start(name: str) -> Iterator[str]:
         elif name.startswith("stock"):
             # Its arbiter gives a worker one call at a time, whatever this says.
             yield stack.enter_context(_gunicorn(stock=True, threads=8))
+        elif name == "executor":
+            yield ""  # its workers are children of its client
+        elif name == "zerorpc":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zerorpc-")))
+            servers = [str(folder / f"server{number}") for number in range(WORKERS)]
+            for path in servers:
+                stack.enter_context(_program("peers.py", path))
+            yield ",".join(servers)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="floor-")))
             count = 1 if name == "floor-direct" else WORKERS
             servers = [str(folder / f"server{number}") for number in range(count)]
             for path in servers:
-                stack.enter_context(_floor("serve", path))
+                stack.enter_context(_program("floor.py", "serve", path))
             if name == "floor-relay":
-                stack.enter_context(_floor("relay", str(folder / "relay"), *servers))
+                stack.enter_context(_program("floor.py", "relay", str(folder / "relay"), *servers))
                 servers = [str(folder / "relay")]
             yield servers[0]
 
@@ -99,12 +120,12 @@ def _gunicorn(*, stock: bool, threads: int) -> Iterator[str]:
 
 
 @contextmanager
-def _floor(role: str, *paths: str) -> Iterator[None]:
-    program = Path(__file__).with_name("floor.py")
-    with child([str(program), role, *paths]) as process:
+def _program(name: str, *arguments: str) -> Iterator[None]:
+    """A server of this folder's, which says "ready"."""
+    with child([str(Path(__file__).with_name(name)), *arguments]) as process:
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"floor.py {role} did not start")
+            raise RuntimeError(f"{name} {arguments[0]} did not start")
         yield
 
 
@@ -120,7 +141,8 @@ def child(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
@@ -140,6 +162,14 @@ def caller_factory(name: str, path: str) -> Callable[[], Caller]:
         from floor import Client
 
         shared = Caller(Client(path).execute)
+    elif name == "executor":
+        from peers import executor
+
+        shared = Caller(executor(WORKERS))
+    elif name == "zerorpc":
+        from peers import zerorpc_client
+
+        shared = Caller(*zerorpc_client(path.split(","), CALL_TIMEOUT))
     elif name == "ours":
         from gunicorn_dirty_gevent import DirtyClient
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import gevent
-from contestants import Caller
+from contestants import Caller, Missing
+from gevent import monkey
 
 ROW_SECONDS = 45.0
 """After so long a row has failed. The slowest, stock's 200 sleeps, takes 21 s."""
@@ -51,10 +56,12 @@ def timed(caller: Caller, action: str, *args: object, wanted: object) -> float:
     return seconds
 
 
-def repeated(new: NewCaller, count: int, seconds: float, action: str, value: object) -> list[float]:
+def repeated(
+    new: NewCaller, count: int, seconds: float, action: str, value: object, warm: int = 3
+) -> list[float]:
     """Times of an action that returns its first argument, one call after the other."""
     caller = new()
-    for _ in range(3):
+    for _ in range(warm):
         timed(caller, action, value, wanted=value)
     end = clock() + seconds
     times: list[float] = []
@@ -118,24 +125,128 @@ def megabyte(new: NewCaller, scale: Scale) -> Measured:
     return {"mib_p50": statistics.median(times) * 1e3}
 
 
+def megabytes(new: NewCaller, scale: Scale) -> Measured:
+    times = repeated(new, scale.pick(4, 2), 20.0, "echo", bytes(64 << 20), warm=1)
+    return {"mib64_p50": statistics.median(times) * 1e3}
+
+
+def pipe(new: NewCaller, scale: Scale) -> Measured:
+    """64 MiB copied through a pipe to another process and back: what any call of that size is above."""
+    value = bytes(64 << 20)
+    with echo_through_pipes(len(value)) as echo:
+        times = []
+        for _ in range(scale.pick(4, 2)):
+            started = clock()
+            expect(len(echo(value)), len(value))
+            times.append(clock() - started)
+    return {"mib64_p50": statistics.median(times) * 1e3}
+
+
+@contextlib.contextmanager
+def echo_through_pipes(size: int) -> Iterator[Callable[[bytes], bytes]]:
+    """A process that reads `size` bytes and writes them back."""
+    program = (
+        "import sys\nread, write = sys.stdin.buffer.read, sys.stdout.buffer.write\n"
+        f"while len(data := read({size})) == {size}:\n    write(data)\n    sys.stdout.buffer.flush()\n"
+    )
+    theirs, out = os.pipe()
+    back, other = os.pipe()
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=theirs, stdout=other)
+    os.close(theirs)
+    os.close(other)
+
+    def echo(value: bytes) -> bytes:
+        rest = memoryview(value)
+        while rest:
+            rest = rest[original_write(out, rest) :]
+        parts, left = [], size
+        while left:
+            parts.append(original_read(back, min(left, 1 << 20)))
+            left -= len(parts[-1])
+        return b"".join(parts)
+
+    # Blocking: nothing else is to run meanwhile.
+    original_write, original_read = (monkey.get_original("os", name) for name in ("write", "read"))
+    try:
+        yield echo
+    finally:
+        for descriptor in (out, back):
+            os.close(descriptor)
+        child.wait()
+
+
 def integers(new: NewCaller, scale: Scale) -> Measured:
     times = repeated(new, scale.pick(150, 40), 1.5, "echo", list(range(10_000)))
     return {"list_p50": statistics.median(times) * 1e3}
 
 
 def beside(new: NewCaller, scale: Scale) -> Measured:
-    """A small call every 10 ms, each in its own greenlet, while one action sleeps 2 s."""
-    count = scale.pick(150, 50)
-    long = gevent.spawn(lambda: timed(new(), "sleep", 2.0, "long", wanted="long"))
+    return _beside(new, scale, "sleep", "beside")
+
+
+def beside_burn(new: NewCaller, scale: Scale) -> Measured:
+    return _beside(new, scale, "burn", "burn")
+
+
+def _beside(new: NewCaller, scale: Scale, action: str, name: str) -> Measured:
+    """A small call every 10 ms, each in its own greenlet, while one action takes 2 s."""
+    long = gevent.spawn(lambda: timed(new(), action, 2.0, "long", wanted="long"))
     gevent.sleep(0.05)
+    times = _every_10_ms(new, scale.pick(150, 50))
+    gevent.joinall([long], raise_error=True)
+    return {f"{name}_p50": statistics.median(times) * 1e3, f"{name}_max": max(times) * 1e3}
+
+
+def _every_10_ms(new: NewCaller, count: int) -> list[float]:
     calls = []
     started = clock()
     for number in range(count):
         calls.append(gevent.spawn(lambda n=number: timed(new(), "add", n, 1, wanted=n + 1)))
         gevent.sleep(max(0.0, started + (number + 1) * 0.01 - clock()))
-    gevent.joinall([long, *calls], raise_error=True)
-    times = [call.value for call in calls]
-    return {"beside_p50": statistics.median(times) * 1e3, "beside_max": max(times) * 1e3}
+    gevent.joinall(calls, raise_error=True)
+    return [call.value for call in calls]
+
+
+def crowded(new: NewCaller, scale: Scale) -> Measured:
+    """Small calls while a 64 MiB call and 20 busy streams run, and the same without."""
+    idle = _every_10_ms(new, scale.pick(150, 50))
+    stop = False
+
+    def read(tag: int) -> None:
+        while not stop:
+            _read_stream(new, tag, 100, 0)
+
+    def copy() -> None:
+        value = bytes(64 << 20)
+        while not stop:
+            expect(len(new().execute("echo", value)), len(value))
+
+    others = [gevent.spawn(copy), *(gevent.spawn(read, tag) for tag in range(20))]
+    gevent.sleep(0.05)
+    times = _every_10_ms(new, scale.pick(150, 50))
+    stop = True
+    gevent.joinall(others, raise_error=True)
+    return {"idle_p99": quantile(idle, 0.99) * 1e3, "crowded_p99": quantile(times, 0.99) * 1e3}
+
+
+def gap(new: NewCaller, scale: Scale) -> Measured:
+    """The longest time for which the client's hub did not run, in a 1 MiB call while all workers compute."""
+    value = bytes(range(256)) * 4096
+    caller = new()
+    timed(caller, "echo", value, wanted=value)
+    longest: list[float] = []
+    for _ in range(scale.pick(5, 3)):
+        busy = [gevent.spawn(lambda: timed(new(), "burn", 0.2, "b", wanted="b")) for _ in range(2)]
+        gevent.sleep(0.02)
+        call = gevent.spawn(timed, caller, "echo", value, wanted=value)
+        worst, last = 0.0, clock()
+        while not call.ready():
+            gevent.sleep(0)
+            now = clock()
+            worst, last = max(worst, now - last), now
+        gevent.joinall([call, *busy], raise_error=True)
+        longest.append(worst)
+    return {"gap": statistics.median(longest) * 1e3}
 
 
 def streams(new: NewCaller, scale: Scale) -> Measured:
@@ -164,7 +275,8 @@ def _read_streams(new: NewCaller, count: int, pause: float) -> int:
 
 def _read_stream(new: NewCaller, tag: int, count: int, pause: float) -> list[object]:
     stream = new().stream
-    assert stream is not None
+    if stream is None:
+        raise Missing("no streams")
     got = []
     for chunk in stream("items", tag, count, pause):
         got.append(chunk)
@@ -174,18 +286,22 @@ def _read_stream(new: NewCaller, tag: int, count: int, pause: float) -> list[obj
 
 class Row(NamedTuple):
     measure: Callable[[NewCaller, Scale], Measured]
-    floor: bool = True  # the floor can do it too
+    floor: Callable[[NewCaller, Scale], Measured] | None = None  # what the floor can do of it
 
 
 ROWS = {
-    "seq": Row(sequential),
-    "greenlets": Row(greenlets),
-    "sleeps": Row(sleeps, floor=False),
-    "mib": Row(megabyte),
-    "list": Row(integers),
-    "beside": Row(beside, floor=False),
-    "streams": Row(streams, floor=False),
-    "chunks": Row(chunks, floor=False),
+    "seq": Row(sequential, sequential),
+    "greenlets": Row(greenlets, greenlets),
+    "sleeps": Row(sleeps),
+    "mib": Row(megabyte, megabyte),
+    "mib64": Row(megabytes, pipe),
+    "list": Row(integers, integers),
+    "beside": Row(beside),
+    "burn": Row(beside_burn),
+    "streams": Row(streams),
+    "chunks": Row(chunks),
+    "crowded": Row(crowded),
+    "gap": Row(gap),
 }
 
 
@@ -202,16 +318,25 @@ METRICS = {
     "sleeps_200": Metric("200 actions of 0.1 s at once", "s"),
     "sleeps_20": Metric("20 actions of 0.1 s at once", "s"),
     "mib_p50": Metric("1 MiB bytes echoed, p50", "ms"),
+    "mib64_p50": Metric("64 MiB bytes echoed, p50 (floor: through a pipe)", "ms"),
     "list_p50": Metric("10,000-int list echoed, p50", "ms"),
     "beside_p50": Metric("small calls beside a 2 s sleep, p50", "ms"),
     "beside_max": Metric("small calls beside a 2 s sleep, slowest", "ms"),
+    "burn_p50": Metric("small calls beside a 2 s burn, p50", "ms"),
+    "burn_max": Metric("small calls beside a 2 s burn, slowest", "ms"),
+    "idle_p99": Metric("a small call every 10 ms, p99", "ms"),
+    "crowded_p99": Metric("... beside 64 MiB calls and 20 streams, p99", "ms"),
+    "gap": Metric("longest gap in the client's hub, 1 MiB call", "ms"),
     "streams": Metric("20 streams of 50 items 2 ms apart", "s"),
     "crossed": Metric("... chunks at the wrong reader, of 1,000", ""),
     "chunks": Metric("small chunks over 20 streams", "/s", more_is_better=True),
 }
 
 
-def run(name: str, new: NewCaller, scale: Scale) -> Measured:
-    """Measure one row."""
+def run(name: str, new: NewCaller, scale: Scale, *, floor: bool = False) -> Measured:
+    """Measure one row. Raises `Missing` when the contestant cannot do it."""
+    measure = ROWS[name].floor if floor else ROWS[name].measure
+    if measure is None:
+        raise Missing(name)
     with gevent.Timeout(ROW_SECONDS, Wrong(f"not done after {ROW_SECONDS:g} s")):
-        return ROWS[name].measure(new, scale)
+        return measure(new, scale)
