@@ -86,16 +86,19 @@ def start_client(stack: ExitStack, name: str, quick: bool) -> Callable[[str], di
     """Start a contestant and its client process; a function that measures one row."""
     path = stack.enter_context(start(name))
     program = str(Path(__file__).with_name("client.py"))
-    process = stack.enter_context(child([program, name, path, "quick" if quick else "full"]))
+    command = [program, name, path, "quick" if quick else "full"]
+    clients = [stack.enter_context(child(command))]
 
     def measure(row: str) -> dict[str, Any]:
+        process = clients[-1]
         assert process.stdin is not None and process.stdout is not None
-        try:
-            print(row, file=process.stdin, flush=True)
-        except BrokenPipeError:
-            return {"error": "its client process had ended"}
+        print(row, file=process.stdin, flush=True)
         line = process.stdout.readline()
-        return json.loads(line) if line else {"error": "its client process ended"}
+        answer = json.loads(line) if line else {"error": "its client process ended"}
+        if "error" in answer:
+            # The client ends with its first error; the next row is measured by another.
+            clients.append(stack.enter_context(child(command)))
+        return answer
 
     return measure
 

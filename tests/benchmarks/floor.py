@@ -5,7 +5,8 @@ the hub's callbacks, and the sends of one read batched into one. No deadlines, n
 errors, no streams, no bounds.
 
 As a program: ``floor.py serve PATH`` answers "add" and "echo"; ``floor.py relay PATH SERVER...`` passes
-calls on to servers in turn. Either prints "ready" and ends when its stdin does.
+calls on to servers in turn. Either prints "ready" and ends when its stdin does. ``floor.py pipe SIZE COUNT``
+prints how many seconds it takes to copy SIZE bytes to another process and back, through pipes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import os
 import struct
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -169,6 +171,43 @@ def serve(path: str, on_frame: OnFrame) -> None:
     hub.join()
 
 
+def copy(size: int, count: int) -> None:
+    theirs, out = os.pipe()
+    back, other = os.pipe()
+    if os.fork() == 0:
+        os.close(out)
+        os.close(back)
+        while data := read(theirs, size):
+            write(other, data)
+        os._exit(0)
+    value = bytes(size)
+    for _ in range(count):
+        started = time.perf_counter()
+        write(out, value)
+        got = read(back, size)
+        print(time.perf_counter() - started, flush=True)
+        assert len(got) == size
+    os.close(out)
+    os.wait()
+
+
+def write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def read(descriptor: int, size: int) -> bytes:
+    parts, left = [], size
+    while left and (part := os.read(descriptor, min(left, 1 << 20))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
 if __name__ == "__main__":
     _, role, own_path, *others = sys.argv
+    if role == "pipe":
+        copy(int(own_path), int(others[0]))
+        sys.exit()
     serve(own_path, Relay(others).asked if role == "relay" else answer)
