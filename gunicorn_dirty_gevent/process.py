@@ -12,6 +12,7 @@ that the master loads nothing which its own dirty support does not (gunicorn#348
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -44,11 +45,15 @@ def fork(child: Callable[[], object], keep: Iterable[int], release: Callable[[],
     """
     # A signal between the fork and the child's own handlers would run the parent's in the child.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    # What is there now is left alone by the child's collector, which would otherwise write to each object
+    # and so copy every page of the parent's memory.
+    gc.freeze()
     try:
         pid = int(monkey.get_original("os", "fork")())
         if pid == 0:
             run_child(child, keep, release)
     finally:
+        gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 

@@ -579,7 +579,10 @@ class Dispatcher:
             load = len(worker.running)
             if worker.draining or load >= worker.slots or app not in worker.apps:
                 continue
-            silent = several and load > 0 and now - worker.heard > SILENCE
+            if not load:  # none is better, and of many workers one mostly is
+                best = worker
+                break
+            silent = several and now - worker.heard > SILENCE
             if silent and not worker.pinged:
                 worker.pinged = True
                 pings.append(Forward(worker.key, wire.PING, 0, b""))

@@ -902,9 +902,9 @@ def test_a_silent_worker_is_asked_once_and_gets_calls_last():
             (SILENCE / 2, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (SILENCE / 2, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
             (SILENCE / 2, ("frame_from_worker", 2, wire.RESPONSE, 1, b""), ["reply c#2 RESPONSE"]),
-            # Later not, though the other has more to do.
-            (LATER, ("submit", "c", 4, request()), ["forward w1#0 PING", "assign w2#2 go 10"]),
-            (LATER, ("submit", "c", 5, request()), ["assign w2#3 go 10"]),
+            # Later not, though the other has more to do. An idle one is taken without asking others.
+            (LATER, ("submit", "c", 4, request()), ["assign w2#2 go 10"]),
+            (LATER, ("submit", "c", 5, request()), ["forward w1#0 PING", "assign w2#3 go 10"]),
             (LATER, ("submit", "c", 6, request()), ["assign w2#4 go 10"]),
             (LATER, ("submit", "c", 7, request()), ["assign w2#5 go 10"]),
         )
@@ -918,8 +918,8 @@ def test_a_worker_that_has_said_a_word_takes_its_share_again(word):
     said = [] if word[0] == "worker_heard" else ["reply c#1 CHUNK"]
     play(
         two(
-            (LATER, ("submit", "c", 2, request()), ["forward w1#0 PING", "assign w2#1 go 10"]),
-            (LATER, ("submit", "c", 3, request()), ["assign w2#2 go 10"]),
+            (LATER, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (LATER, ("submit", "c", 3, request()), ["forward w1#0 PING", "assign w2#2 go 10"]),
             (LATER, word, said),
             (LATER, ("submit", "c", 4, request()), ["assign w1#2 go 10"]),
             # Until it has been silent again for as long.
@@ -935,8 +935,8 @@ def test_silent_workers_get_calls_when_no_other_has_a_slot():
             (0, ("worker_ready", 1, *ready(slots=2)), []),
             (0, ("worker_ready", 2, *ready(slots=1)), []),
             (0, ("submit", "c", 1, request()), ["assign w1#1 go 10"]),
-            (LATER, ("submit", "c", 2, request()), ["forward w1#0 PING", "assign w2#1 go 10"]),
-            (LATER, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
+            (LATER, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (LATER, ("submit", "c", 3, request()), ["forward w1#0 PING", "assign w1#2 go 10"]),
             (LATER, ("submit", "c", 4, request()), []),  # waits
         ]
     )
