@@ -82,9 +82,10 @@ def log(request: pytest.FixtureRequest) -> str:
         (left,) = server.wait_dirty_workers(1)
         server.kill(arbiter, signal.SIGTTOU)
         server.wait_log("Cannot decrease")
+        mark = server.mark()
         server.kill(left, signal.SIGKILL)
         server.wait_log("killed by signal 9")
-        server.wait_dirty_workers(1)
+        server.wait_log("Initialized dirty app: tasks:App", since=mark)  # or it would not say goodbye
         mark = server.mark()
         server.kill(arbiter, signal.SIGHUP)
         server.wait_log("Initialized dirty app: tasks:App", since=mark)
