@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support import leaks
-from support.gunicorn import STOCK, Deadline, Gunicorn, app_with
+from support.gunicorn import STOCK, STOCK_HANGS, Deadline, Gunicorn, app_with
 from support.waiting import deadline, wait_until
 
 TASKS = """
@@ -71,9 +71,7 @@ def stock_gunicorn(**changed: Any) -> Gunicorn:
     return Gunicorn(**(options | changed))
 
 
-@pytest.mark.skipif(
-    sys.version_info >= (3, 12), reason="stock gunicorn's dirty arbiter does not end on TERM there"
-)
+@pytest.mark.skipif(STOCK_HANGS, reason="stock gunicorn's dirty arbiter does not end on TERM there")
 def test_drives_a_stock_gunicorn() -> None:
     with stock_gunicorn(control_socket=True) as gunicorn:
         gunicorn.wait_log("Control socket listening")

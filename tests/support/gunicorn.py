@@ -41,6 +41,10 @@ OURS = "import gunicorn_dirty_gevent\ngunicorn_dirty_gevent.install()\n"
 STOCK = ""
 
 LISTENING = r"Listening at: http://127\.0\.0\.1:(\d+)"
+STOCK_DIRTY_WORKER = r"Dirty worker (\d+) listening"
+STOCK_HANGS = sys.version_info >= (3, 12)
+"""There the dirty arbiter of stock gunicorn waits for ever when it or one of its workers is to end."""
+
 HTTP_WORKER = r"Booting worker with pid: (\d+)"
 HTTP_WORKER_READY = r"HTTP worker ready \(pid: (\d+)\)"
 DIRTY_ARBITER = r"Spawned dirty arbiter \(pid: (\d+)\)"
@@ -132,9 +136,7 @@ class Gunicorn:
         self.write("tasks.py", tasks_source)
         self.write_config(install, self._settings, extra_config)
 
-    def write_config(
-        self, install: str, settings: dict[str, object], extra_config: str = ""
-    ) -> None:
+    def write_config(self, install: str, settings: dict[str, object], extra_config: str = "") -> None:
         """Write gunicorn.conf.py (again, before a reload)."""
         text = "".join(f"{name} = {value!r}\n" for name, value in settings.items())
         hooks = textwrap.dedent(extra_config) + SAY_READY
@@ -280,8 +282,18 @@ class Gunicorn:
 
     def _finish(self) -> None:
         if self._master().poll() is None:
+            if STOCK_HANGS and self._logged(STOCK_DIRTY_WORKER):
+                self._end_stock_arbiter()
             self.stop()
         self.assert_clean()
+
+    def _end_stock_arbiter(self) -> None:
+        dirty = [self.dirty_arbiter_pid(), *self.dirty_worker_pids()]
+        self._master().send_signal(signal.SIGTERM)  # first, so that it does not make another
+        self.wait_log("Handling signal: term")
+        for pid in dirty:
+            _kill(pid, signal.SIGKILL)
+        self._leftovers += ["gunicorn-dirty-*", "gunicorn-dirty-*/*"]
 
     def _kill_all(self) -> None:
         """End what is left, the master first so that it does not replace the others."""
@@ -339,14 +351,10 @@ class Gunicorn:
         start = mark or LogMark()
         return _whole_lines(self._log()[start.log :]) + _whole_lines(self._stderr()[start.stderr :])
 
-    def wait_log(
-        self, regex: str, deadline: float = 10.0, since: LogMark | None = None
-    ) -> re.Match[str]:
+    def wait_log(self, regex: str, deadline: float = 10.0, since: LogMark | None = None) -> re.Match[str]:
         """The first match of `regex` (MULTILINE), in all logs or after a mark."""
         pattern = re.compile(regex, re.MULTILINE)
-        found = self._wait(
-            lambda: pattern.search(self.log_since(since)), deadline, f"log to match {regex!r}"
-        )
+        found = self._wait(lambda: pattern.search(self.log_since(since)), deadline, f"log to match {regex!r}")
         assert found is not None
         return found
 
@@ -467,9 +475,7 @@ class Gunicorn:
             value = predicate()
             if dead and not value:
                 code = self._master().returncode
-                raise AssertionError(
-                    f"gunicorn exited ({code}) while waiting for {what}\n{self._story()}"
-                )
+                raise AssertionError(f"gunicorn exited ({code}) while waiting for {what}\n{self._story()}")
             return value
 
         if deadline <= 0:
@@ -511,9 +517,7 @@ def _listens(port: int) -> bool:
 
 def _stack(spy: Path, pid: int) -> str:
     try:
-        done = subprocess.run(
-            [spy, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=5
-        )
+        done = subprocess.run([spy, "dump", "--pid", str(pid)], capture_output=True, text=True, timeout=5)
     except subprocess.TimeoutExpired:
         return "(py-spy did not answer within 5 s)"
     return done.stdout + done.stderr
