@@ -263,6 +263,14 @@ def test_a_broken_stream_says_so(served: Gunicorn, client: DirtyClient) -> None:
     assert client.execute(APP, "double", 1) == 2
 
 
+def test_close_does_not_wait_for_clients_that_options_made(client: DirtyClient) -> None:
+    kept = client.options(timeout=5)  # as an error's traceback would keep it
+    assert kept.execute(APP, "double", 4) == client.execute(APP, "double", 4) == 8
+    client.close()
+    wait_until(lambda: reader_threads() == 0, 10, "the connection to be closed")
+    assert kept.execute(APP, "double", 4) == 8
+
+
 def test_close_ends_calls_and_the_next_makes_a_connection(served: Gunicorn, client: DirtyClient) -> None:
     with in_threads(1, lambda n: client.execute(APP, "hold", "closed")) as calls:
         served.wait_log("holding closed")

@@ -71,13 +71,18 @@ class Channel(Carrier, Protocol):
         """In a forked child: let go of the parent's connection without a trace on it."""
 
 
+class Handle:
+    """What a client and its `options()` hold together. Not the clients themselves: one made for a single
+    call may live on in an error's traceback, and would keep the connection open."""
+
+
 class _Shared:
     """A channel and the handles that use it."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.thread = get_original("_thread", "get_ident")()
-        self.handles: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 
 
 _channels: dict[tuple[str, int], _Shared] = {}
@@ -98,7 +103,7 @@ def get(client: Any) -> Channel:
     shared = _channels.get(key)
     if shared is None:
         shared = _make(key, hub)
-    shared.handles.add(client)
+    shared.handles.add(client._handle)
     client._found = (_epoch, hub, shared.channel)
     return shared.channel
 
@@ -139,8 +144,8 @@ def switched(channel: Channel, call: Call) -> Carrier:
 def release(client: Any) -> None:
     """The client lets go of its channels."""
     for key, shared in list(_channels.items()):
-        if client in shared.handles:
-            shared.handles.discard(client)
+        if client._handle in shared.handles:
+            shared.handles.discard(client._handle)
             if not shared.handles:
                 _channels.pop(key, None)
                 _forget()

@@ -35,6 +35,7 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
         self.timeout = checked_time("timeout", timeout)
         self.idle_timeout: float | None = None
         self._found: Any = None  # kept by `channels`
+        self._handle = channels.Handle()
 
     def options(self, **options: float | None) -> DirtyClient:
         """A client like this one with other settings, for one call or to keep::
@@ -91,7 +92,8 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
         """Nothing to do: the connection is made when a call needs it. Kept for gunicorn's API."""
 
     def close(self) -> None:
-        """Let go of the connection. It is closed when no other client of this process holds it."""
+        """Let go of the connection, for this client and all that `options()` made of it. It is closed when
+        no other client of this process holds it."""
         channels.release(self)
 
     # asyncio.
