@@ -14,7 +14,7 @@ import gevent
 from gevent.event import Event
 
 from . import app as apps
-from .codecs import CODECS
+from .codecs import CODECS, Arguments
 from .core import faults, values, wire
 from .core.dispatch import AppTraits
 from .core.faults import Fault
@@ -83,6 +83,7 @@ class Runner(gevent.Greenlet):  # type: ignore[type-arg]
             task = self.task
             task.run(self)
             self.task = None
+            del task
             if not self._is_clean():
                 return
             self.spare = True
@@ -215,17 +216,25 @@ class Task:
         return self._deadline - time.monotonic()
 
     def _call(self) -> Any:
-        request = self.request
-        app = self._host.apps[request.app]
-        problem = apps.unknown_action(app, request.action)
+        action = self.request.action
+        app = self._host.apps[self.request.app]
+        problem = apps.unknown_action(app, action)
         if problem is not None:
-            raise _Refused(faults.action_unknown(request.app, request.action, problem))
+            raise _Refused(faults.action_unknown(self.request.app, action, problem))
+        args, kwargs = self._arguments()
+        return self._expose(app, action, *args, **kwargs)
+
+    def _arguments(self) -> Arguments:
+        request = self.request
         try:
             args, kwargs = self._codec.loads_call(request.body)
         except values.UndecodableValue as error:
             message = f"the arguments of {request.app}.{request.action} cannot be decoded: {error}"
             raise _Refused(faults.protocol(message, may_have_run=False)) from error
-        return self._expose(app, request.action, *args, **kwargs)
+        if isinstance(request.payload, wire.Detached):
+            # Its memory is not to be held while the action runs.
+            self.request = request._replace(payload=b"", body_at=0)
+        return args, kwargs
 
     def _known_as(self) -> tuple[str, Callable[[], None]]:
         """For `Coroutines`: the name, and how to say that it keeps the others from running."""

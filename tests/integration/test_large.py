@@ -162,8 +162,13 @@ def test_a_worker_that_is_forked_meanwhile_holds_none_and_runs_them() -> None:
             gunicorn.kill(first, signal.SIGKILL)
             gunicorn.wait_log("Dirty worker ready", since=mark)
             (second,) = gunicorn.dirty_worker_pids()
-            # What runs in it has been sent to it; what waits has not been left to it by the fork.
-            wait_until(lambda: bodies(second) == 4, 15, "4 bodies in the new worker", gunicorn.evidence)
+            # What waits has not been left to it by the fork, and what runs has been read.
+            wait_until(
+                lambda: gunicorn.log_since(mark).count(f"holding again in {second}") == 4,
+                15,
+                "4 running calls",
+            )
+            assert bodies(second) == 0
             (gunicorn.dir / "release-again").touch()
             assert [call.result(20) for call in calls] == [EDGE + n for n in range(12)]
         wait_none_left(gunicorn)
@@ -255,9 +260,7 @@ def test_descriptors_that_are_no_bodies_cost_one_connection(pool: Gunicorn, kind
         os.close(descriptor)
     pool.wait_log("Dropped a dirty client: protocol error: .*descriptor", since=mark)
     assert ask(pool, APP, "echo", 5) == 5
-    wait_until(
-        lambda: len(os.listdir(f"/proc/{arbiter}/fd")) <= open_before, 10, "descriptors to be closed"
-    )
+    wait_until(lambda: len(os.listdir(f"/proc/{arbiter}/fd")) <= open_before, 10, "descriptors to be closed")
 
 
 def test_a_body_that_is_no_message_is_an_error_of_its_call(pool: Gunicorn) -> None:
