@@ -100,8 +100,9 @@ DETACHABLE = frozenset((REQUEST, RESPONSE, CHUNK))
 _KINDS = frozenset(int(kind) for kind in Kind) | {kind | DETACHED for kind in DETACHABLE}
 
 DETACH_SIZE = 262144
-"""Bytes from which a body is put into a descriptor, where both sides can. Below, copying it through
-sockets costs less than making a file for it. Measured: see docs/performance.rst."""
+"""Bytes from which a body is put into a descriptor, where both sides can: about a socket buffer (208 KiB
+on Linux), above which each bufferful costs a turn of every process on the way. Measured: a socket copies
+256 KiB in 23 us, a file takes 142; but an echo of 1 MiB takes 5.9 ms inline and 1.7 by descriptor."""
 
 MIN_DETACHED = 65536
 """Bytes below which a body in a descriptor is refused: a hostile peer would hold descriptors for
