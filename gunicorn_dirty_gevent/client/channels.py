@@ -92,7 +92,15 @@ _hub_count = 0
 _epoch = object()
 
 
-def get(client: Any) -> Channel:
+class Client(Protocol):
+    """What has a channel: a `DirtyClient`, a `StashClient`."""
+
+    socket_path: str
+    _found: Any
+    _handle: Handle
+
+
+def get(client: Client) -> Channel:
     """The channel for a client, in this process and hub."""
     found = client._found
     if found is not None and found[0] is _epoch and found[1] is get_hub_if_exists():
@@ -141,7 +149,7 @@ def switched(channel: Channel, call: Call) -> Carrier:
     return stock
 
 
-def release(client: Any) -> None:
+def release(client: Client) -> None:
     """The client lets go of its channels."""
     for key, shared in list(_channels.items()):
         if client._handle in shared.handles:

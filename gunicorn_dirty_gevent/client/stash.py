@@ -60,6 +60,7 @@ class StashClient(_StockClient):  # type: ignore[misc]
         super().__init__(socket_path, timeout)
         self.timeout = checked_time("timeout", timeout)
         self._found: Any = None  # kept by `channels`
+        self._handle = channels.Handle()
 
     # gunicorn's operations are its own methods, which end in `_execute`.
 
