@@ -13,7 +13,7 @@ import fcntl
 import os
 from collections.abc import Iterable
 
-from .core.wire import WireError
+from .core.wire import DEFAULT_MAX_MESSAGE, WireError
 
 NAME = "gunicorn-dirty-body"
 """What the files are called: /proc/PID/fd shows ``/memfd:gunicorn-dirty-body (deleted)``."""
@@ -87,4 +87,6 @@ def _checked(blob: Blob, limit: int) -> Blob | bytes:
     if sealed & _SEALS != _SEALS:
         raise WireError("a descriptor that is no sealed memory file")
     blob._size = os.fstat(blob.descriptor).st_size
-    return bytes(blob.view()) if blob.descriptor > limit - RESERVE and len(blob) else blob
+    # A file may claim any size; one above every message is left for the decoder to refuse.
+    few_left = blob.descriptor > limit - RESERVE and 0 < len(blob) <= DEFAULT_MAX_MESSAGE
+    return bytes(blob.view()) if few_left else blob

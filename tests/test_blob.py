@@ -90,6 +90,18 @@ def test_near_the_limit_of_descriptors_it_is_read_at_once() -> None:
     assert not is_open(descriptor)
 
 
+def test_a_file_larger_than_any_message_is_not_read() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    file = os.memfd_create("hostile", os.MFD_ALLOW_SEALING)
+    os.truncate(file, 1 << 40)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, SOME_SEALS | fcntl.F_SEAL_WRITE)
+    descriptor = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, limit - blob.RESERVE + 1)
+    os.close(file)
+    (got,) = received(rights(descriptor))
+    assert isinstance(got, Blob)
+    assert len(got) == 1 << 40
+
+
 SOME_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
