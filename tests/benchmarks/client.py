@@ -12,7 +12,7 @@ import json  # noqa: E402
 import sys  # noqa: E402
 
 import rows  # noqa: E402
-from contestants import Missing, caller_factory  # noqa: E402
+from contestants import Missing, caller_factory, is_floor  # noqa: E402
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     with open(0, closefd=False) as orders:
         while name := orders.readline().strip():
             try:
-                values = rows.run(name, new, scale, floor=contestant.startswith("floor"))
+                values = rows.run(name, new, scale, floor=is_floor(contestant))
                 print(json.dumps({"values": values}), flush=True)
             except Missing:
                 print(json.dumps({"values": {}}), flush=True)

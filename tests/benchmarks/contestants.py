@@ -20,8 +20,11 @@ import gevent
 
 CONTESTANTS = (
     *("ours", "stock-shared", "stock-per-greenlet"),
-    *("executor", "zerorpc", "floor-direct", "floor-relay"),
+    *("executor", "zerorpc", "floor-direct", "floor-relay", "least-direct", "least-relay"),
 )
+
+FLOORS = {"floor": "sockets", "least": "callbacks"}
+"""The first word of a name, and the kind of ``floor.py``."""
 
 WORKERS = 2
 APP = "tasks:Bench"
@@ -57,6 +60,10 @@ class Bench(DirtyApp):
 """
 
 
+def is_floor(name: str) -> bool:
+    return name.partition("-")[0] in FLOORS
+
+
 class Caller(NamedTuple):
     """What one greenlet uses."""
 
@@ -90,12 +97,13 @@ def start(name: str) -> Iterator[str]:
             yield ",".join(servers)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="floor-")))
-            count = 1 if name == "floor-direct" else WORKERS
-            servers = [str(folder / f"server{number}") for number in range(count)]
+            kind = FLOORS[name.partition("-")[0]]
+            relay = name.endswith("relay")
+            servers = [str(folder / f"server{number}") for number in range(WORKERS if relay else 1)]
             for path in servers:
-                stack.enter_context(_program("floor.py", "serve", path))
-            if name == "floor-relay":
-                stack.enter_context(_program("floor.py", "relay", str(folder / "relay"), *servers))
+                stack.enter_context(_program("floor.py", kind, "serve", path))
+            if relay:
+                stack.enter_context(_program("floor.py", kind, "relay", str(folder / "relay"), *servers))
                 servers = [str(folder / "relay")]
             yield servers[0]
 
@@ -158,10 +166,10 @@ def caller_factory(name: str, path: str) -> Callable[[], Caller]:
     """A function that each greenlet calls once for its `Caller`."""
     if name == "stock-per-greenlet":
         return partial(_dirty, _stock_class(), path)
-    if name.startswith("floor"):
-        from floor import Client
+    if is_floor(name):
+        from floor import KINDS, Client
 
-        shared = Caller(Client(path).execute)
+        shared = Caller(Client(KINDS[FLOORS[name.partition("-")[0]]], path).execute)
     elif name == "executor":
         from peers import executor
 

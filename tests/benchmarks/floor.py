@@ -1,12 +1,14 @@
-"""The floor: the least that processes on gevent can do to call each other. No library would be below.
+"""The floor: bare gevent processes that call each other over Unix sockets.
 
-Unix sockets, a 12-byte header (length, id), ormsgpack bodies, calls multiplexed by id, everything in
-the hub's callbacks, and the sends of one read batched into one. No deadlines, no greenlet per task, no
-errors, no streams, no bounds.
+A 12-byte header (length, id), ormsgpack bodies, calls multiplexed by id. No deadlines, no greenlet per
+task, no errors, no streams, no bounds. Of two kinds:
 
-As a program: ``floor.py serve PATH`` answers "add" and "echo"; ``floor.py relay PATH SERVER...`` passes
-calls on to servers in turn. Either prints "ready" and ends when its stdin does. ``floor.py pipe SIZE COUNT``
-prints how many seconds it takes to copy SIZE bytes to another process and back, through pipes.
+* ``sockets``: gevent's sockets as one uses them: a greenlet reads, whoever has something sends it.
+* ``callbacks``: everything in the hub's callbacks, and the sends of one read joined to one. The least that
+  processes on gevent can do; no library would be below.
+
+As a program: ``floor.py KIND serve PATH`` answers "add" and "echo"; ``floor.py KIND relay PATH SERVER...``
+passes calls on to servers in turn. Either prints "ready" and ends when its stdin does.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import itertools
 import os
 import struct
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import gevent
+import gevent.socket
+from gevent.event import AsyncResult
 from gevent.hub import Waiter
+from gevent.lock import BoundedSemaphore
 from ormsgpack import packb, unpackb
 
 HEADER = struct.Struct(">IQ")
@@ -32,18 +36,66 @@ OnFrame = Callable[["Link", int, bytes], None]
 
 
 class Link:
-    """A framed socket. What is sent while some link reads goes out, joined, when the read is done."""
+    """A framed socket."""
 
-    reading = False
-    unsent: list[Link] = []
-
-    def __init__(self, sock: _socket.socket, on_frame: OnFrame) -> None:
-        sock.setblocking(False)
-        self.sock = sock
+    def __init__(self, on_frame: OnFrame) -> None:
         self.on_frame = on_frame
         self.parts: list[bytes] = []
         self.size = 0
         self.needed = HEADER.size
+
+    def send(self, call_id: int, body: bytes) -> None:
+        raise NotImplementedError
+
+    def received(self, data: bytes) -> None:
+        self.parts.append(data)
+        self.size += len(data)
+        if self.size >= self.needed:
+            self.split(b"".join(self.parts))
+
+    def split(self, data: bytes) -> None:
+        at = 0
+        self.needed = HEADER.size
+        while len(data) - at >= HEADER.size:
+            length, call_id = HEADER.unpack_from(data, at)
+            start = at + HEADER.size
+            if len(data) - start < length:
+                self.needed = HEADER.size + length
+                break
+            at = start + length
+            self.on_frame(self, call_id, data[start:at])
+        self.parts = [data[at:]]
+        self.size = len(data) - at
+
+
+class SocketLink(Link):
+    """On a gevent socket."""
+
+    def __init__(self, sock: _socket.socket, on_frame: OnFrame) -> None:
+        super().__init__(on_frame)
+        self.sock = gevent.socket.socket(fileno=sock.detach())
+        self.sending = BoundedSemaphore()
+        gevent.spawn(self.read)
+
+    def send(self, call_id: int, body: bytes) -> None:
+        with self.sending:
+            self.sock.sendall(HEADER.pack(len(body), call_id) + body)
+
+    def read(self) -> None:
+        while data := self.sock.recv(READ_SIZE):
+            self.received(data)
+
+
+class CallbackLink(Link):
+    """In the hub's callbacks. What is sent while some link reads goes out, joined, when the read is done."""
+
+    reading = False
+    unsent: list[CallbackLink] = []
+
+    def __init__(self, sock: _socket.socket, on_frame: OnFrame) -> None:
+        super().__init__(on_frame)
+        sock.setblocking(False)
+        self.sock = sock
         self.out: list[bytes | memoryview] = []
         loop = gevent.get_hub().loop
         self.reader = loop.io(sock.fileno(), 1)
@@ -54,8 +106,8 @@ class Link:
         self.out.append(HEADER.pack(len(body), call_id) + body)
         if len(self.out) > 1:
             return
-        if Link.reading:
-            Link.unsent.append(self)
+        if CallbackLink.reading:
+            CallbackLink.unsent.append(self)
         else:
             self.flush()
 
@@ -79,57 +131,52 @@ class Link:
         if not data:
             self.reader.stop()
             return
-        self.parts.append(data)
-        self.size += len(data)
-        if self.size < self.needed:
-            return
-        Link.reading = True
-        self.split(b"".join(self.parts))
-        Link.reading = False
-        for link in Link.unsent:
+        CallbackLink.reading = True
+        self.received(data)
+        CallbackLink.reading = False
+        for link in CallbackLink.unsent:
             link.flush()
-        Link.unsent.clear()
+        CallbackLink.unsent.clear()
 
-    def split(self, data: bytes) -> None:
-        at = 0
-        self.needed = HEADER.size
-        while len(data) - at >= HEADER.size:
-            length, call_id = HEADER.unpack_from(data, at)
-            start = at + HEADER.size
-            if len(data) - start < length:
-                self.needed = HEADER.size + length
-                break
-            at = start + length
-            self.on_frame(self, call_id, data[start:at])
-        self.parts = [data[at:]]
-        self.size = len(data) - at
+
+class Kind(NamedTuple):
+    link: Callable[[_socket.socket, OnFrame], Link]
+    waiter: Callable[[], Any]
+    wake: str  # the waiter's method
+
+
+KINDS = {
+    "sockets": Kind(SocketLink, AsyncResult, "set"),
+    "callbacks": Kind(CallbackLink, Waiter, "switch"),  # from the hub only
+}
 
 
 class Client:
     """Many greenlets, one link."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, kind: Kind, path: str) -> None:
+        self.new_waiter, self.wake = kind.waiter, kind.wake
         self.waiters: dict[int, Any] = {}
         self.ids = itertools.count(1)
-        self.link = Link(connect(path), self.answered)
+        self.link = kind.link(connect(path), self.answered)
 
     def execute(self, action: str, *args: Any) -> Any:
         call_id = next(self.ids)
-        waiter = self.waiters[call_id] = Waiter()
+        waiter = self.waiters[call_id] = self.new_waiter()
         self.link.send(call_id, packb((action, args)))
         return unpackb(waiter.get())
 
     def answered(self, link: Link, call_id: int, body: bytes) -> None:
-        self.waiters.pop(call_id).switch(body)
+        getattr(self.waiters.pop(call_id), self.wake)(body)
 
 
 class Relay:
     """Passes calls on under ids of its own, to one server after the other."""
 
-    def __init__(self, servers: list[str]) -> None:
+    def __init__(self, kind: Kind, servers: list[str]) -> None:
         self.pending: dict[int, tuple[Link, int]] = {}
         self.ids = itertools.count(1)
-        self.servers = itertools.cycle([Link(connect(path), self.answered) for path in servers])
+        self.servers = itertools.cycle([kind.link(connect(path), self.answered) for path in servers])
 
     def asked(self, link: Link, call_id: int, body: bytes) -> None:
         own_id = next(self.ids)
@@ -152,7 +199,7 @@ def connect(path: str) -> _socket.socket:
     return sock
 
 
-def serve(path: str, on_frame: OnFrame) -> None:
+def serve(kind: Kind, path: str, on_frame: OnFrame) -> None:
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen(16)
@@ -160,7 +207,7 @@ def serve(path: str, on_frame: OnFrame) -> None:
 
     def accept() -> None:
         descriptor, _ = listener._accept()  # type: ignore[attr-defined]
-        links.append(Link(_socket.socket(fileno=descriptor), on_frame))
+        links.append(kind.link(_socket.socket(fileno=descriptor), on_frame))
 
     hub = gevent.get_hub()
     accepter = hub.loop.io(listener.fileno(), 1)
@@ -171,43 +218,7 @@ def serve(path: str, on_frame: OnFrame) -> None:
     hub.join()
 
 
-def copy(size: int, count: int) -> None:
-    theirs, out = os.pipe()
-    back, other = os.pipe()
-    if os.fork() == 0:
-        os.close(out)
-        os.close(back)
-        while data := read(theirs, size):
-            write(other, data)
-        os._exit(0)
-    value = bytes(size)
-    for _ in range(count):
-        started = time.perf_counter()
-        write(out, value)
-        got = read(back, size)
-        print(time.perf_counter() - started, flush=True)
-        assert len(got) == size
-    os.close(out)
-    os.wait()
-
-
-def write(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def read(descriptor: int, size: int) -> bytes:
-    parts, left = [], size
-    while left and (part := os.read(descriptor, min(left, 1 << 20))):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
-
-
 if __name__ == "__main__":
-    _, role, own_path, *others = sys.argv
-    if role == "pipe":
-        copy(int(own_path), int(others[0]))
-        sys.exit()
-    serve(own_path, Relay(others).asked if role == "relay" else answer)
+    _, kind_name, role, own_path, *others = sys.argv
+    own_kind = KINDS[kind_name]
+    serve(own_kind, own_path, Relay(own_kind, others).asked if role == "relay" else answer)

@@ -19,6 +19,8 @@ STYLES = {
     "zerorpc": ("s", "tab:green"),
     "floor-direct": ("|", "black"),
     "floor-relay": ("|", "gray"),
+    "least-direct": ("+", "black"),
+    "least-relay": ("+", "gray"),
 }
 LEFT_OUT = ("crossed",)  # a count of wrong results is no ratio
 

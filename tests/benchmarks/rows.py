@@ -136,8 +136,8 @@ def _takes_64_mib(scale: Scale) -> None:
 
 def pipe(new: NewCaller, scale: Scale) -> Measured:
     """64 MiB through a pipe to another process and back: what any call of that size is above."""
-    program = str(Path(__file__).with_name("floor.py"))
-    command = [sys.executable, program, "pipe", str(64 << 20), str(scale.pick(4, 2))]
+    program = str(Path(__file__).with_name("pipe.py"))
+    command = [sys.executable, program, str(64 << 20), str(scale.pick(4, 2))]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return {"mib64_p50": statistics.median(map(float, done.stdout.split())) * 1e3}
 
