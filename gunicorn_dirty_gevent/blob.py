@@ -11,9 +11,15 @@ from __future__ import annotations
 import array
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from .core.wire import DEFAULT_MAX_MESSAGE, WireError
+import gevent
+from gevent._hub_local import get_hub_if_exists
+
+from .core.wire import DEFAULT_MAX_MESSAGE, Body, Pieces, WireError
+
+T = TypeVar("T")
 
 NAME = "gunicorn-dirty-body"
 """What the files are called: /proc/PID/fd shows ``/memfd:gunicorn-dirty-body (deleted)``."""
@@ -21,6 +27,10 @@ NAME = "gunicorn-dirty-body"
 RESERVE = 64
 """Descriptors below the limit that bodies leave free, for connections, forks and log files. A body that
 arrives when fewer are left is read at once instead of being kept open."""
+
+APART = 2 * 1024 * 1024
+"""Bytes from which copying is left to a thread. Handing it over takes some 0.1 ms, in which 0.3 MiB are
+written; so much less keeps a hub from running for 0.6 ms."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
@@ -40,6 +50,12 @@ class Blob:
     def __del__(self) -> None:
         os.close(self.descriptor)
 
+    def read(self, start: int, size: int) -> bytes:
+        """Some of the bytes. May switch greenlets, see `apart`."""
+        data = apart(size, os.pread, self.descriptor, size, start)
+        # One call reads 2 GiB at most.
+        return data if len(data) == size else bytes(self.view()[start : start + size])
+
     def view(self) -> memoryview:
         """The bytes, mapped for as long as the view is kept."""
         import mmap  # not in gunicorn's master, which loads this module
@@ -49,7 +65,17 @@ class Blob:
         return memoryview(mmap.mmap(self.descriptor, self._size, flags=flags, prot=mmap.PROT_READ))
 
 
-def detach(body: bytes) -> Blob | None:
+def apart(size: int, copy: Callable[..., T], *args: Any) -> T:
+    """Call a function that copies so many bytes with the GIL released: if they are many, and in a greenlet,
+    in a thread of gevent's pool, so that other greenlets run meanwhile."""
+    hub = get_hub_if_exists() if size >= APART else None
+    if hub is None or gevent.getcurrent() is hub:
+        return copy(*args)
+    copied: T = hub.threadpool.apply(copy, args)
+    return copied
+
+
+def detach(body: Body) -> Blob | None:
     """A blob of these bytes, or None where none can be made."""
     try:
         descriptor = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -57,13 +83,21 @@ def detach(body: bytes) -> Blob | None:
         return None
     blob = Blob(descriptor, len(body))
     try:
-        rest = memoryview(body)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+        _write(descriptor, body.parts if isinstance(body, Pieces) else (body,))
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     except OSError:  # no memory left for it
         return None
     return blob
+
+
+def _write(descriptor: int, parts: tuple[bytes, ...]) -> None:
+    rest = [memoryview(part) for part in parts]
+    while rest:
+        written = os.writev(descriptor, rest)
+        while rest and written >= len(rest[0]):
+            written -= len(rest.pop(0))
+        if rest:
+            rest[0] = rest[0][written:]
 
 
 def received(ancillary: Iterable[tuple[int, int, bytes]]) -> list[Blob | bytes]:

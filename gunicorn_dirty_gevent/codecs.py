@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from gunicorn.dirty.tlv import TLVEncoder
 
-from .core import dialects, values, wire
+from .core import dialects, large, values, wire
 from .core.faults import Fault
 from .core.values import UndecodableValue, UnencodableValue
+from .core.wire import Blob, Body
 
 Arguments = tuple[Any, dict[str, Any]]
 
@@ -18,9 +19,10 @@ Arguments = tuple[Any, dict[str, Any]]
 class Codec(NamedTuple):
     """The two directions; they raise `UndecodableValue` and `UnencodableValue`."""
 
-    loads_call: Callable[[memoryview], Arguments]
+    loads_call: Callable[[memoryview | Blob], Arguments]
     loads: Callable[[bytes], Any]
     dumps: Callable[[Any, str], bytes]
+    dumps_body: Callable[[Any, str], Body]  # `dumps`, which may leave large bytes as they are
     dumps_fault: Callable[[Fault], bytes]
 
 
@@ -41,6 +43,10 @@ def _load_message(message: Any) -> Arguments:
         if isinstance(args, list) and isinstance(kwargs, dict):
             return args, kwargs
     raise UndecodableValue('a request has "args", a list, and "kwargs", a dict')
+
+
+def _inline(body: memoryview | Blob) -> bytes:
+    return bytes(body if isinstance(body, memoryview) else body.view())
 
 
 def _load_tlv(data: bytes) -> Any:
@@ -91,13 +97,18 @@ def _utf8(value: Any) -> Any:
 
 
 CODECS = {
-    wire.CODEC_MSGPACK: Codec(values.loads_call, values.loads, values.dumps, values.dumps),
+    wire.CODEC_MSGPACK: Codec(large.loads_call, values.loads, values.dumps, large.dumps, values.dumps),
     dialects.CODEC_TLV: Codec(
-        lambda body: _load_message(_load_tlv(bytes(body))), _load_tlv, _dump_tlv, _dump_fault_tlv
+        lambda body: _load_message(_load_tlv(_inline(body))),
+        _load_tlv,
+        _dump_tlv,
+        _dump_tlv,
+        _dump_fault_tlv,
     ),
     dialects.CODEC_JSON: Codec(
-        lambda body: _load_message(_load_json(bytes(body))),
+        lambda body: _load_message(_load_json(_inline(body))),
         _load_json,
+        _dump_json,
         _dump_json,
         lambda fault: _dump_json(fault, "error"),
     ),

@@ -14,12 +14,16 @@ import gevent
 from gevent.event import Event
 
 from . import app as apps
+from .blob import apart, detach
 from .codecs import CODECS, Arguments
 from .core import faults, values, wire
 from .core.dispatch import AppTraits
 from .core.faults import Fault
-from .core.wire import Request
+from .core.wire import Body, Request
 from .coroutines import Coroutines
+
+Answer = Body | wire.Detached
+"""What is sent of a task: what was encoded, or the memory file that it has been written into."""
 
 
 class Host(Protocol):
@@ -32,9 +36,7 @@ class Host(Protocol):
     max_message: int
     pid: int | str
 
-    def send(self, kind: int, call_id: int, payload: bytes) -> None: ...
-
-    def send_large(self, kind: int, call_id: int, payload: bytes) -> None: ...
+    def send(self, kind: int, call_id: int, payload: Answer) -> None: ...
 
     def ended(self, task: Task) -> None: ...
 
@@ -164,9 +166,9 @@ class Task:
             kind, payload = wire.ERROR, self._encode_fault(fault)
         finally:
             self._host.ended(self)
-        self._send(kind, payload)
+        self._host.send(kind, self.call_id, payload)
 
-    def _perform(self) -> tuple[int, bytes]:
+    def _perform(self) -> tuple[int, Answer]:
         """Run the action under its time limits; the last frame."""
         try:
             self._limit = self._find_limit()
@@ -243,7 +245,7 @@ class Task:
 
     # Streams.
 
-    def _iterate(self, result: Any) -> tuple[int, bytes]:
+    def _iterate(self, result: Any) -> tuple[int, Answer]:
         chunks: Iterator[Any] = result
         if hasattr(result, "__aiter__"):
             chunks = self._host.coroutines.iterate(aiter(result), *self._known_as())
@@ -271,7 +273,7 @@ class Task:
             if chunk is _END:
                 return
             payload = self._encode(chunk, f"chunk {number}")
-            self._send(wire.CHUNK, payload)
+            self._host.send(wire.CHUNK, self.call_id, payload)
             self._credit -= wire.chunk_cost(payload)
             if per_chunk:
                 self._timeout.close()
@@ -294,19 +296,21 @@ class Task:
 
     # What is sent.
 
-    def _send(self, kind: int, payload: bytes) -> None:
-        large = len(payload) >= wire.DETACH_SIZE and kind in wire.DETACHABLE
-        if large and self.request.flags & wire.FLAG_DETACH:
-            self._host.send_large(kind, self.call_id, payload)
-        else:
-            self._host.send(kind, self.call_id, payload)
+    def _encode(self, value: Any, place: str) -> Answer:
+        """A result or chunk as it is sent. Before the task ends: copying much may take a wait."""
+        body = self._dump(value, place)
+        if len(body) >= wire.DETACH_SIZE and self.request.flags & wire.FLAG_DETACH:
+            blob = apart(len(body), detach, body)
+            if blob is not None:
+                return wire.Detached(b"", blob)
+        return body
 
-    def _encode(self, value: Any, place: str) -> bytes:
+    def _dump(self, value: Any, place: str) -> Body:
         request = self.request
         if inspect.iscoroutine(value):
             value.close()
         try:
-            payload = self._codec.dumps(value, place)
+            payload = self._codec.dumps_body(value, place)
         except values.UnencodableValue as error:
             message = f"{request.app}.{request.action} ran, but its {error}"
             raise _Refused(faults.unencodable(message, request.app, request.action)) from error

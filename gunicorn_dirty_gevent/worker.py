@@ -17,14 +17,13 @@ from gunicorn import util
 
 from . import app as apps
 from . import process, settings
-from .blob import detach
 from .core import values, wire
 from .core.dispatch import AppTraits
 from .core.faults import Fault
 from .core.wire import Frame
 from .coroutines import Coroutines
 from .link import Link
-from .task import Runner, Task
+from .task import Answer, Runner, Task
 from .watchdog import Watchdog
 
 CLOSE_TIME = 1.0
@@ -263,18 +262,9 @@ class DirtyWorker:
 
     # For the tasks.
 
-    def send(self, kind: int, call_id: int, payload: bytes) -> None:
+    def send(self, kind: int, call_id: int, payload: Answer) -> None:
         assert self._link is not None
-        self._link.send((wire.pack_frame(kind, call_id, payload),))
-
-    def send_large(self, kind: int, call_id: int, payload: bytes) -> None:
-        """`send` for a caller that can take a descriptor."""
-        blob = detach(payload)
-        if blob is None:
-            self.send(kind, call_id, payload)
-        else:
-            assert self._link is not None
-            self._link.send(wire.pack_detached(kind, call_id, b"", blob))
+        self._link.send(wire.pack_parts(kind, call_id, payload))
 
     def ended(self, task: Task) -> None:
         del self._tasks[task.call_id]

@@ -9,7 +9,7 @@ from typing import Any
 
 from gunicorn.dirty.client import DirtyClient as _StockClient
 
-from ..core import values
+from ..core import large, values
 from ..core.mux import Call
 from ..errors import DirtyEncodeError
 from . import aio, channels
@@ -130,7 +130,7 @@ class DirtyClient(_StockClient):  # type: ignore[misc]
         try:
             if not (isinstance(app_path, str) and isinstance(action, str)):
                 raise ValueError("the names of app and action are strings")
-            return Call(app_path, action, values.dumps_call(args, kwargs), deadline, stream)
+            return Call(app_path, action, large.dumps_call(args, kwargs), deadline, stream)
         except (values.UnencodableValue, ValueError) as error:
             refusal = DirtyEncodeError(f"{app_path}.{action} was not sent: {error}")
             refusal.may_have_run = False

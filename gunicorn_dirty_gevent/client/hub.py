@@ -13,7 +13,7 @@ from gevent.hub import Waiter
 from gevent.lock import BoundedSemaphore
 from gevent.socket import socket as _GeventSocket
 
-from ..blob import detach
+from ..blob import APART, apart, detach
 from ..core.mux import Call, Mux, Phase, nobody
 from ..core.wire import Frame, FrameDecoder, Payload
 from ..link import Link
@@ -36,6 +36,8 @@ class HubChannel:
         self._connecting = False
 
     def start(self, call: Call) -> None:
+        if len(call.body) >= APART and self._mux.detaches(call):
+            call.blob = apart(len(call.body), detach, call.body)
         self._submit(call)
         self._move_on()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ..core import faults, values, wire
+from ..core import faults, large, values, wire
 from ..core.faults import Fault
 from ..core.mux import Call
 from ..core.wire import Detached, Payload
@@ -52,7 +52,7 @@ def result(call: Call) -> Any:
 def decode(payload: Payload, call: Call) -> Any:
     """A value that came back for the call. Raises `DirtyProtocolError` when it is none."""
     try:
-        return values.loads(payload.blob.view() if isinstance(payload, Detached) else payload)
+        return large.loads(payload.blob if isinstance(payload, Detached) else payload)
     except values.UndecodableValue as error:
         message = f"the answer of {call.app}.{call.action} cannot be decoded: {error}"
         unreadable = DirtyProtocolError(message)

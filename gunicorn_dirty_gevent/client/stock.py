@@ -21,7 +21,7 @@ from gunicorn.dirty import protocol
 from gunicorn.dirty.tlv import TLVEncoder
 
 from .. import settings
-from ..core import faults, values, wire
+from ..core import faults, large, values, wire
 from ..core.mux import Call
 from ..core.wire import Frame, FrameDecoder, Payload
 
@@ -55,8 +55,8 @@ def request(call: Call) -> bytes:
     """A call as gunicorn's own client writes it. Raises `Unencodable`."""
     try:
         if call.kind == wire.STASH:
-            return _stash_request(values.loads(call.body))
-        args, kwargs = values.loads_call(call.body)
+            return _stash_request(values.loads(large.joined(call.body)))
+        args, kwargs = values.loads_call(large.joined(call.body))
         return bytes(protocol.BinaryProtocol.encode_request(1, call.app, call.action, args, kwargs))
     except Unencodable:
         raise

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from . import faults, wire
 from .faults import Fault
-from .wire import Blob, Frame, Parts, Payload
+from .wire import Blob, Body, Frame, Parts, Payload
 
 CREDIT_STEP = wire.STREAM_WINDOW // 2
 """A reader gives credit back in steps of half a window: the writer never runs dry while the reader
@@ -45,6 +45,7 @@ class Call:
     __slots__ = (
         "action",
         "app",
+        "blob",
         "body",
         "chunks",
         "consumed",
@@ -64,7 +65,7 @@ class Call:
         self,
         app: str,
         action: str,
-        body: bytes,
+        body: Body,
         deadline: float,
         stream: bool,
         kind: int = wire.REQUEST,
@@ -74,6 +75,7 @@ class Call:
         self.action = action
         self.names = wire.pack_names(app, action)
         self.body = body
+        self.blob: Blob | None = None  # the body, if the shell has detached it beforehand
         self.deadline = deadline
         self.stream = stream
         self.id = 0  # 0: not on a link
@@ -94,7 +96,7 @@ class Call:
 class Mux:
     """See the module's text."""
 
-    def __init__(self, socket_path: str, detach: Callable[[bytes], Blob | None] | None = None) -> None:
+    def __init__(self, socket_path: str, detach: Callable[[Body], Blob | None] | None = None) -> None:
         """`detach` makes a large body a blob (None: it cannot just now); without it, the link takes
         none either way."""
         self.socket_path = socket_path
@@ -236,10 +238,14 @@ class Mux:
         call.end = self._sent
         return parts
 
+    def detaches(self, call: Call) -> bool:
+        """Whether the body of the call is going to be detached."""
+        return self._detaches and len(call.body) >= wire.DETACH_SIZE and call.kind == wire.REQUEST
+
     def _pack(self, call: Call, envelope: bytes) -> Parts:
-        if self._detaches and len(call.body) >= wire.DETACH_SIZE and call.kind == wire.REQUEST:
+        if self.detaches(call):
             assert self._detach is not None
-            blob = self._detach(call.body)
+            blob, call.blob = call.blob or self._detach(call.body), None
             if blob is not None:
                 return wire.pack_detached(wire.REQUEST, call.id, envelope, blob)
         return wire.pack_request(call.id, envelope, call.body, call.kind)

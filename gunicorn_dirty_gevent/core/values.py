@@ -31,7 +31,7 @@ from ormsgpack import Ext, packb, unpackb
 TYPE_CHECKING = False  # ``typing`` itself is not needed at run time
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any, TypeGuard
+    from typing import Any
 
 __all__ = [
     "MAX_DEPTH",
@@ -52,10 +52,6 @@ _FREE_DEPTH = 3
 # Wire codes: one is never given a second meaning.
 _INT, _TEXT, _BYTEARRAY, _TUPLE, _SET, _FROZENSET, _DICT = range(1, 8)
 _DATETIME, _DATE, _TIME, _TIMEDELTA, _DECIMAL, _UUID, _COMPLEX = range(8, 15)
-
-# Bytes from which a value of type bytes is put behind its header here.  ormsgpack's buffer grows by
-# doubling, which maps and faults in fresh memory for a large one: 343 us for 1 MiB, against 30.
-_LARGE = 65536
 
 _OPTIONS = (
     ormsgpack.OPT_PASSTHROUGH_BIG_INT
@@ -95,8 +91,6 @@ def dumps(value: object, root: str = "result") -> bytes:
     `root` is what error messages call the value.  Raises `UnencodableValue` for a type that does
     not travel, and for containers that nest too deep or contain themselves.
     """
-    if _is_large(value):
-        return b"".join(_large(value))
     packed = _fast(value)
     return _seal(_Walk(root).visit(value)) if packed is None else packed
 
@@ -123,9 +117,6 @@ def dumps_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
 
     Raises `UnencodableValue`, whose path starts ``args[0]`` or ``kwargs['name']``.
     """
-    for value in (*args, *kwargs.values()):
-        if _is_large(value) and _is_simple(args, kwargs):
-            return b"".join(_parts_of_call(args, kwargs))
     call = [list(args), kwargs]
     packed = _fast(call)
     if packed is None:
@@ -144,34 +135,6 @@ def loads_call(data: bytes | memoryview) -> tuple[list[Any], dict[str, Any]]:
         if type(args) is list and type(kwargs) is dict and all(type(k) is str for k in kwargs):
             return args, kwargs
     raise UndecodableValue("not an encoded call: it is no pair of a list and a dict of names")
-
-
-# --- writing large bytes: beside each other, without a walk ------------------------------------
-
-
-def _is_large(value: object) -> TypeGuard[bytes]:
-    return type(value) is bytes and _LARGE <= len(value) <= 0xFFFFFFFF  # what MessagePack's bin 32 takes
-
-
-def _large(value: bytes) -> tuple[bytes, bytes]:
-    return b"\xc6" + len(value).to_bytes(4, "big"), value
-
-
-def _is_simple(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # MessagePack's fixarray and fixmap have one byte of header; a str with lone surrogates is none.
-    return len(args) <= 15 and len(kwargs) <= 15 and all(map(str.isascii, kwargs))
-
-
-def _parts_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bytes]:
-    """The call [args, kwargs], in pieces to be joined."""
-    parts = [b"\x92", bytes((0x90 | len(args),))]
-    for place, value in enumerate(args):
-        parts += _large(value) if _is_large(value) else (dumps(value, f"args[{place}]"),)
-    parts.append(bytes((0x80 | len(kwargs),)))
-    for name, value in kwargs.items():
-        parts.append(dumps(name, "kwargs"))
-        parts += _large(value) if _is_large(value) else (dumps(value, f"kwargs[{name!r}]"),)
-    return parts
 
 
 # --- writing, the fast way: ormsgpack walks, and calls back for what it does not know ----------

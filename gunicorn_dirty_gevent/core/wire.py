@@ -130,6 +130,8 @@ class Blob(Protocol):
 
     def __len__(self) -> int: ...
 
+    def read(self, start: int, size: int) -> bytes: ...
+
     def view(self) -> memoryview: ...
 
 
@@ -147,6 +149,23 @@ class Detached:
 
 
 Payload = bytes | Detached
+
+
+class Pieces:
+    """A large body that nobody has joined."""
+
+    __slots__ = ("parts", "size")
+
+    def __init__(self, parts: tuple[bytes, ...]) -> None:
+        self.parts = parts
+        self.size = sum(map(len, parts))
+
+    def __len__(self) -> int:
+        return self.size
+
+
+Body = bytes | Pieces
+"""What is encoded, before it is sent."""
 
 
 class Frame(NamedTuple):
@@ -173,11 +192,11 @@ class Request(NamedTuple):
         return bool(self.flags & FLAG_STREAM)
 
     @property
-    def body(self) -> memoryview:
+    def body(self) -> memoryview | Blob:
         """The encoded arguments."""
         payload = self.payload
         if isinstance(payload, Detached):
-            return payload.blob.view()
+            return payload.blob
         return memoryview(payload)[self.body_at :]
 
 
@@ -202,11 +221,13 @@ def pack_detached(kind: int, call_id: int, inline: bytes, blob: Blob) -> Parts:
     return (Detached(header + inline, blob),)
 
 
-def pack_parts(kind: int, call_id: int, payload: Payload) -> Parts:
+def pack_parts(kind: int, call_id: int, payload: Payload | Pieces) -> Parts:
     """`pack_frame` for payloads of any size."""
     if isinstance(payload, Detached):
         return pack_detached(kind, call_id, payload.inline, payload.blob)
     header = _HEADER.pack(MAGIC, VERSION, kind, len(payload), call_id)
+    if isinstance(payload, Pieces):
+        return (header, *payload.parts)
     return (header + payload,) if len(payload) <= _JOIN_LIMIT else (header, payload)
 
 
@@ -233,10 +254,12 @@ def pack_envelope(names: bytes, budget: float, flags: int = 0, codec: int = 0) -
     return _LIMITS.pack(budget, flags, codec) + names
 
 
-def pack_request(call_id: int, envelope: bytes, body: bytes, kind: int = REQUEST) -> Parts:
+def pack_request(call_id: int, envelope: bytes, body: Body, kind: int = REQUEST) -> Parts:
     """A REQUEST frame (or a STASH one, which has no envelope)."""
     size = len(envelope) + len(body)
     header = _HEADER.pack(MAGIC, VERSION, kind, size, call_id)
+    if isinstance(body, Pieces):
+        return (header + envelope, *body.parts)
     if len(body) <= _JOIN_LIMIT:
         return (header + envelope + body,)
     return (header + envelope, body)
@@ -318,7 +341,7 @@ def unpack_credit(payload: Payload) -> int:
     return int(_CREDIT.unpack(inline_bytes(payload))[0])
 
 
-def chunk_cost(payload: Payload) -> int:
+def chunk_cost(payload: Payload | Pieces) -> int:
     """What a chunk takes of its stream's window."""
     return max(len(payload), MIN_CHUNK_COST)
 

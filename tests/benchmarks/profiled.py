@@ -1,6 +1,6 @@
 """Where a row's time goes: the CPU that each process takes for a call, and in which functions.
 
-    python tests/benchmarks/profiled.py [--rows seq,greenlets,mib,mib64] [--seconds 4] [--top 12] [--only ours]
+    python tests/benchmarks/profiled.py [--rows seq,mib] [--seconds 4] [--top 12] [--only ours]
 
 The load is that of ``compare.py``'s rows, repeated. CPU time is the kernel's own count
 (``/proc/PID/schedstat``, nanoseconds); the functions are py-spy's samples, 500 a second and native code

@@ -12,6 +12,7 @@ from gunicorn.dirty.protocol import BinaryProtocol, DirtyProtocol
 from gunicorn.dirty.tlv import TLVEncoder
 from hypothesis import given
 from hypothesis import strategies as st
+from support.beside import Beside
 
 from gunicorn_dirty_gevent.core import dialects, wire
 from gunicorn_dirty_gevent.core.dialects import Gd1, Gd2, Json, Opening, tlv_names
@@ -239,25 +240,21 @@ def test_a_stock_request_without_names_is_a_wire_error(body: bytes, why: str) ->
 # Descriptors.
 
 
-class Beside(bytes):
-    """Stands for a memory file."""
-
-
 def test_a_body_may_come_in_the_same_read_as_the_first_bytes_of_its_connection():
     opening = dialects.Opening(1000_000)
-    blob = Beside(wire.MIN_DETACHED)
+    blob = Beside()
     (part,) = wire.pack_detached(wire.RESPONSE, 3, b"", blob)
     opening.receive_blob(blob)
     opening.receive_data(wire.pack_hello() + part.inline)
     hello, answer = opening.frames()
-    assert (hello.kind, answer.call_id, answer.payload) == (wire.HELLO, 3, blob)
+    assert (hello.kind, answer.call_id, answer.payload.blob) == (wire.HELLO, 3, blob)
 
 
 @pytest.mark.parametrize("first", [wire.MAGIC + b"\x01", b"\0\0\0\x02{}"])
 def test_the_other_dialects_drop_descriptors(first):
     opening = dialects.Opening(1000_000)
     for _ in range(2 * wire.MAX_LOOSE):
-        opening.receive_blob(Beside(wire.MIN_DETACHED))
+        opening.receive_blob(Beside())
     opening.receive_data(first)
-    opening.receive_blob(Beside(wire.MIN_DETACHED))
+    opening.receive_blob(Beside())
     opening.frames()

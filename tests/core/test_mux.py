@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from support.beside import Beside
 
 from gunicorn_dirty_gevent.core import faults, wire
 from gunicorn_dirty_gevent.core.mux import CREDIT_STEP, Call, Mux, Phase
@@ -23,10 +24,6 @@ def response(call_id, payload=b"result"):
 
 DESCRIPTORS = Frame(wire.HELLO, 0, wire.pack_hello(2**30, wire.HELLO_DESCRIPTORS)[wire.HEADER_SIZE :])
 LARGE = bytes(wire.DETACH_SIZE)
-
-
-class Beside(bytes):
-    """Stands for a memory file."""
 
 
 class Wired:
@@ -498,7 +495,7 @@ def sent_large(hello, body=LARGE, detach=Beside):
 def test_a_large_body_goes_beside_its_request_where_the_arbiter_takes_it():
     (part,), one, mux = sent_large(DESCRIPTORS)
     assert isinstance(part, wire.Detached)
-    assert part.blob == LARGE
+    assert part.blob.data == LARGE
     request = wire.unpack_request(wire.Detached(part.inline[wire.HEADER_SIZE :], part.blob))
     assert request.flags & wire.FLAG_DETACH
     # Not handed over as long as the kernel has not taken all of it, the body included.
@@ -529,6 +526,31 @@ def received_frames(parts):
     decoder = FrameDecoder()
     decoder.receive_data(b"".join(parts))
     return decoder.frames()
+
+
+def test_a_body_that_was_detached_beforehand_is_sent_so():
+    mux = Mux("/tmp/dirty.sock", lambda body: pytest.fail("detached again"))
+    mux.connected()
+    list(mux.receive(DESCRIPTORS, 0.0))
+    one = call(body=wire.Pieces((b"head", LARGE)))
+    assert mux.detaches(one)
+    blob = one.blob = Beside(one.body)
+    (part,) = mux.submit(one, 0.0)
+    assert part.blob is blob
+    assert one.blob is None  # its memory is not held for as long as the call runs
+
+
+def test_pieces_are_counted_and_sent_as_one_body():
+    pieces = wire.Pieces((b"head", LARGE, b"tail"))
+    parts, one, mux = sent_large(DESCRIPTORS, pieces, lambda body: None)
+    assert parts[2] is LARGE
+    (frame,) = received_frames(parts)
+    assert wire.unpack_request(frame.payload).body == b"head" + LARGE + b"tail"
+    assert one.end == len(wire.pack_hello()) + sum(map(len, parts))
+    mux.max_message = len(pieces)
+    over = call(body=pieces)
+    assert mux.submit(over, 0.0) is None
+    assert over.fault["error_type"] == "DirtyMessageTooLargeError"
 
 
 def test_the_stash_takes_no_descriptors():

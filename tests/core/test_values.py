@@ -432,47 +432,6 @@ def test_common_data_needs_no_walk(monkeypatch):
     assert same(loads_call(dumps_call((rows,), {"k": rows})), ([rows], {"k": rows}))
 
 
-# --- large bytes ---------------------------------------------------------------------------------
-
-LARGE = bytes(range(256)) * 300
-
-
-@pytest.mark.parametrize("value", [LARGE, LARGE[:65535], LARGE[:65536], LARGE[:65537]])
-def test_large_bytes_are_written_as_ormsgpack_would(value):
-    assert dumps(value) == values.packb(value)
-    assert same(loads(dumps(value)), value)
-    assert dumps_call((value, 1), {"k": value}) == values.packb([[value, 1], {"k": value}])
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs"),
-    [
-        ((LARGE, 1, (2, {3}), 2**70, LARGE), {"a": LARGE, "b": date.min}),
-        ((), {"\ud800": LARGE, "é": LARGE, "k": {1: LARGE}}),
-        ((*range(14), LARGE), {f"k{n}": n for n in range(15)}),
-        ((*range(15), LARGE), {}),
-        ((LARGE,), {f"k{n}": n for n in range(16)}),
-        ((bytearray(LARGE), [LARGE, (LARGE,)]), {}),
-    ],
-)
-def test_large_bytes_among_the_arguments(args, kwargs):
-    back_args, back_kwargs = loads_call(dumps_call(args, kwargs))
-    assert same((tuple(back_args), back_kwargs), (args, kwargs))
-
-
-def test_beside_large_bytes_an_error_names_the_same_place():
-    for args, kwargs, path in [
-        ((LARGE, [object()]), {}, "args[1][0]"),
-        ((LARGE,), {"k": {"q": object()}}, "kwargs['k']['q']"),
-    ]:
-        with pytest.raises(UnencodableValue) as large:
-            dumps_call(args, kwargs)
-        assert large.value.path == path
-        with pytest.raises(UnencodableValue) as small:
-            dumps_call((b"", *args[1:]), kwargs)
-        assert str(small.value) == str(large.value)
-
-
 # --- depth ---------------------------------------------------------------------------------------
 
 WRAPS = {

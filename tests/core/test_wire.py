@@ -8,6 +8,7 @@ import gunicorn.dirty.protocol as stock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.beside import Beside
 
 from gunicorn_dirty_gevent.core import wire
 from gunicorn_dirty_gevent.core.wire import Frame, FrameDecoder, Kind, WireError
@@ -209,6 +210,13 @@ def test_large_bodies_are_not_copied():
     assert isinstance(part, memoryview) and part.obj is request.payload
 
 
+def test_an_answer_in_pieces_is_one_frame():
+    pieces = wire.Pieces((b"a" * 5, b"b" * 70_000))
+    parts = wire.pack_parts(wire.RESPONSE, 9, pieces)
+    assert parts[2] is pieces.parts[1]
+    assert decoded(parts)[1] == [Frame(wire.RESPONSE, 9, b"a" * 5 + b"b" * 70_000)]
+
+
 def broken_envelopes():
     good = envelope("app", "act", 1.0)
     yield from (good[:size] for size in range(len(good)))
@@ -252,21 +260,6 @@ def test_the_longest_names():
 # Bodies that come beside their frames.
 
 
-class Beside:
-    """Stands for a memory file."""
-
-    descriptor = -1
-
-    def __init__(self, data=bytes(wire.MIN_DETACHED)):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def view(self):
-        return memoryview(self.data)
-
-
 def sent(parts):
     """What a link would send of these parts: the bytes, and the bodies that go beside them."""
     parts = [(part.inline, part.blob) if isinstance(part, wire.Detached) else (part, None) for part in parts]
@@ -294,7 +287,7 @@ def test_a_request_with_its_body_beside_it_goes_through_an_arbiter():
     assert len(data) < 100
     (frame,) = received(data, *blobs)
     request = wire.unpack_request(frame.payload)
-    assert (frame.call_id, request.budget, bytes(request.body)) == (77, 4.0, blob.data)
+    assert (frame.call_id, request.budget, request.body) == (77, 4.0, blob)
 
 
 @pytest.mark.parametrize("kind", [wire.RESPONSE, wire.CHUNK])
