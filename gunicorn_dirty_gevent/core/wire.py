@@ -40,11 +40,13 @@ DEFAULT_MAX_MESSAGE = 128 * 1024 * 1024
 """Bytes of one payload. Twice gunicorn's 64 MiB (``MAX_MESSAGE_SIZE``), so that a value which is
 itself 64 MiB fits together with its framing; the length field would allow 4 GiB."""
 
-MIN_CHUNK_COST = 4096
+MIN_CHUNK_COST = 8192
 """The least that a chunk takes of its stream's window, in bytes: bounds the *number* of chunks under
-way too (64 with the default window), for tiny chunks cost memory beyond their bytes."""
+way too (32 with the default window), for tiny chunks cost memory beyond their bytes, and what is under
+way is what everybody else's answers wait behind: with 20 busy streams a small call took 5.0 ms with 64
+chunks, 2.9 with 32 and 2.0 with 16, for 135,000, 120,000 and 94,000 chunks a second."""
 
-STREAM_WINDOW = 64 * MIN_CHUNK_COST
+STREAM_WINDOW = 32 * MIN_CHUNK_COST
 """Bytes of chunks (256 KiB) a worker may send ahead of its reader: above a socket buffer (208 KiB on
 Linux), so a fast reader never waits for credit; small enough for thousands of streams."""
 

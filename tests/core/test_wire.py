@@ -395,7 +395,7 @@ def test_hello_cut_short(payload):
 
 
 @pytest.mark.parametrize(
-    ("size", "cost"), [(0, 4096), (1, 4096), (4096, 4096), (4097, 4097), (10**6, 10**6)]
+    ("size", "cost"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8193), (10**6, 10**6)]
 )
 def test_what_a_chunk_takes_of_its_window(size, cost):
     assert wire.chunk_cost(b"x" * size) == cost
