@@ -8,14 +8,18 @@ import fcntl
 import os
 import resource
 import socket
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import gevent
 import pytest
+from gevent.event import Event
+from gevent.monkey import get_original
 from support.waiting import wait_until
 
 from gunicorn_dirty_gevent import blob, link
-from gunicorn_dirty_gevent.blob import Blob, detach, received
+from gunicorn_dirty_gevent.blob import APART, Blob, apart, detach, received
 from gunicorn_dirty_gevent.core import wire
 from gunicorn_dirty_gevent.core.wire import FrameDecoder, WireError
 
@@ -71,6 +75,100 @@ def test_where_no_memory_file_can_be_made_there_is_none(monkeypatch: pytest.Monk
     assert detach(BODY) is None
     monkeypatch.delattr(os, "memfd_create")
     assert detach(BODY) is None
+
+
+@pytest.mark.parametrize(
+    "parts", [(BODY,), (b"head", BODY, b"", b"tail"), tuple(bytes([n]) * (n + 1) * 1000 for n in range(40))]
+)
+def test_pieces_are_written_one_behind_the_other(parts: tuple[bytes, ...]) -> None:
+    made = detach(wire.Pieces(parts))
+    assert made is not None
+    whole = b"".join(parts)
+    assert (len(made), bytes(made.view())) == (len(whole), whole)
+    assert made.read(3, len(whole) - 4) == whole[3:-1]
+
+
+def test_a_write_that_takes_less_goes_on_where_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (b"a" * 700, b"b" * 1300, b"", b"c" * 10)
+    written: list[bytes] = []
+
+    def short(descriptor: int, buffers: list[memoryview]) -> int:
+        written.append(b"".join(buffers)[:500])
+        return os.write(descriptor, written[-1])
+
+    monkeypatch.setattr(os, "writev", short)
+    made = detach(wire.Pieces(parts))
+    assert made is not None
+    assert bytes(made.view()) == b"".join(written) == b"".join(parts)
+
+
+@pytest.fixture
+def threads(gevent_hub: Any) -> Iterator[None]:
+    """gevent's pool keeps its threads until it is told."""
+    yield
+    gevent_hub.threadpool.kill()
+
+
+def identity() -> int:
+    return int(get_original("_thread", "get_ident")())
+
+
+@pytest.mark.usefixtures("threads")
+def test_much_is_copied_in_a_thread_where_a_greenlet_can_wait() -> None:
+    here = identity()
+    assert apart(APART - 1, identity) == here
+    assert gevent.spawn(apart, APART, identity).get() != here
+    hub = gevent.get_hub()
+    seen: list[int] = []
+    hub.loop.run_callback(lambda: seen.append(apart(APART, identity)))  # in the hub nobody can wait
+    gevent.sleep(0)
+    assert seen == [here]
+
+
+@pytest.mark.usefixtures("threads")
+def test_other_greenlets_run_while_much_is_copied() -> None:
+    let_go, copying = os.pipe(), gevent.get_hub().loop.async_()
+    started = Event()
+    copying.start(started.set)
+
+    def copy() -> bytes:
+        copying.send()
+        return os.read(let_go[0], 1)  # not patched: this blocks its thread
+
+    waiting = gevent.spawn(apart, APART, copy)
+    assert started.wait(10)
+    os.write(let_go[1], b"x")  # by this greenlet, which therefore ran
+    assert waiting.get(timeout=10) == b"x"
+    copying.stop()
+    copying.close()
+    for end in let_go:
+        os.close(end)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_caller_that_leaves_while_its_body_is_copied_leaves_no_descriptor() -> None:
+    copied = gevent.get_hub().loop.async_()
+    done = Event()
+    copied.start(done.set)
+    held = threading.Lock()
+    held.acquire()
+    made: list[int] = []
+
+    def copy() -> Blob | None:
+        with held:
+            body = detach(BODY)
+            assert body is not None
+            made.append(body.descriptor)
+        copied.send()
+        return body
+
+    with gevent.Timeout(0.01, False):
+        apart(APART, copy)
+    held.release()
+    assert done.wait(10)
+    wait_until(lambda: not is_open(made[0]), 10, "the descriptor to be closed")
+    copied.stop()
+    copied.close()
 
 
 def test_what_has_come_is_the_same_bytes() -> None:
