@@ -110,9 +110,11 @@ def run_rounds(
     errors: list[str] = []
     for number in range(1, options.rounds + 1):
         for row in options.rows:
-            print(f"round {number}: {row}", end=" " * 20 + "\r", file=sys.stderr, flush=True)
             for name in measure:
+                began = time.monotonic()
                 answer = measure[name](row)
+                seconds = time.monotonic() - began
+                print(f"round {number}: {row}, {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
                 if "error" in answer:
                     errors.append(f"round {number}, {row}, {name}: {answer['error']}")
                 for metric, value in answer.get("values", {}).items():
