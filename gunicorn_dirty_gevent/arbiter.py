@@ -42,7 +42,7 @@ SIBLING_INTERVAL = 0.1
 
 
 class DirtyArbiter:
-    """gunicorn's seam: made in the master, `run()` in the process that the master forks for it.
+    """What gunicorn's master starts: it makes the object, forks, and calls `run()` in the child.
 
     `workers` (pid -> `DirtyWorker`), `app_specs` and `app_worker_map` are what gunicorn's control
     interface reads.

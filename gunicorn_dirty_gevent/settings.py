@@ -17,8 +17,8 @@ class Settings:
     `DirtyOverloadedError` beyond."""
 
     queue_bytes: int = 256 * 1024 * 1024
-    """Bytes of waiting requests per app: what bounds the arbiter's memory when arguments are large.
-    `DirtyOverloadedError` beyond."""
+    """Bytes of waiting requests per app: what bounds the arbiter's memory when arguments are large. Two of
+    the largest messages, so that each call that may be sent may also wait. `DirtyOverloadedError` beyond."""
 
     calls_per_connection: int = 12000
     """Calls in flight on one connection, that is, of one HTTP worker. Ten times gunicorn's default
@@ -26,8 +26,8 @@ class Settings:
     beyond."""
 
     unread_bytes: int = 256 * 1024 * 1024
-    """Bytes of answers that may wait for one client to read them; an answer beyond is replaced by
-    `DirtyOverloadedError`."""
+    """Bytes of answers that may wait for one client to read them, two of the largest for the same reason;
+    an answer beyond is replaced by `DirtyOverloadedError`."""
 
     max_message_size: int = DEFAULT_MAX_MESSAGE
     """Bytes of one encoded request, answer or chunk: 128 MiB, twice gunicorn's 64, so that a value of
@@ -35,7 +35,8 @@ class Settings:
 
     stash_size: int = 64 * 1024 * 1024
     """Bytes of all stash tables together, values and 128 for each entry: the arbiter keeps them in its
-    memory. `StashError` beyond."""
+    memory. Room for some 300,000 values of 100 bytes, and less than one worker with a model or an image
+    library takes. `StashError` beyond."""
 
     backlog: int = 2048
     """Connections that may wait while an arbiter is being replaced. gunicorn's default for its own

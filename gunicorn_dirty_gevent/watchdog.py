@@ -89,13 +89,14 @@ class Watchdog:
         stack = "".join(traceback.format_stack(frame))
         try:
             self._log.warning(
-                "Dirty worker (pid: %s): %s.%s has blocked the hub for %.1f s, other calls of this worker "
-                "wait. Use I/O that gevent patches, call gevent.sleep(0) in long loops, or move the "
-                "work to gevent.get_hub().threadpool. It is at:\n%s",
+                "Dirty worker (pid: %s): %s.%s has blocked the hub for %.1f s (told from hub_blocked_after = "
+                "%g s): no other greenlet of this worker runs. Use I/O that gevent patches, call "
+                "gevent.sleep(0) in long loops, or move it to gevent.get_hub().threadpool. It is at:\n%s",
                 self._pid,
                 task.request.app,
                 task.request.action,
                 blocked,
+                self._blocked_after,
                 stack,
             )
         except Exception:  # the interrupted code may be in the middle of the same log write
