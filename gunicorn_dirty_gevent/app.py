@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import gevent
 from gunicorn.dirty.app import DirtyApp, load_dirty_app
 
+from .codecs import Arguments
 from .core.dispatch import ActionTraits, AppTraits
 from .core.faults import Fault, fault
 
@@ -69,14 +72,9 @@ def error_fault(
     error: BaseException, app: str, action: str | None, *, error_type: str = "DirtyAppError"
 ) -> Fault:
     """An exception of the app's code as a fault, with its traceback."""
-    try:
-        # Joined: exactly a str, where a subclass (Django's SafeString) could not be sent.
-        message = "".join((str(error), "")) or type(error).__name__
-    except Exception:
-        message = f"{type(error).__name__} (its str() fails)"
     return fault(
         error_type,
-        message,
+        describe_error(error),
         may_have_run=action is not None,
         app_path=app,
         action=action,
@@ -85,10 +83,52 @@ def error_fault(
     )
 
 
+def describe_error(error: BaseException) -> str:
+    """Its text, as gunicorn has it; with its type's name where the text alone says nothing."""
+    name = type(error).__name__
+    try:
+        # Joined: exactly a str, where a subclass (Django's SafeString) could not be sent.
+        text = "".join((str(error), ""))
+    except Exception:
+        return f"{name} (its str() fails)"
+    if isinstance(error, (KeyError, SystemExit, gevent.Timeout)):  # a key, a code, "5 seconds"
+        return f"{name}: {text}"
+    return text or name
+
+
+def misfit(error: TypeError, app: DirtyApp, action: str, arguments: Arguments) -> str | None:
+    """Advice, perhaps empty, when an action could not be called with these arguments; None when it may
+    have begun to run."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    # Two witnesses: a decorator has frames of its own, and a function written in C has none.
+    if last is None or last.tb_frame.f_code.co_filename != _GUNICORN_APP:
+        return None
+    args, kwargs = arguments
+    method = getattr(app, action)
+    if _fits(method, args, kwargs):
+        return None
+    rest = {name: value for name, value in kwargs.items() if name != "timeout"}
+    if len(rest) < len(kwargs) and _fits(method, args, rest):
+        return "; a call's own limit is given with client.options(timeout=...)"
+    return ""
+
+
+def _fits(method: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(method).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
+
+
 def format_traceback(error: BaseException) -> str:
     """The traceback from the app's first frame on: ours above it say nothing."""
     start = error.__traceback__
-    while start is not None and start.tb_next is not None and _is_ours(start.tb_frame.f_code.co_filename):
+    while start is not None and start.tb_next is not None and is_ours(start.tb_frame.f_code.co_filename):
         start = start.tb_next
     try:
         text = "".join(traceback.format_exception(type(error), error, start))
@@ -97,12 +137,13 @@ def format_traceback(error: BaseException) -> str:
     return text if len(text) <= TRACEBACK_LIMIT else "[...]\n" + text[-TRACEBACK_LIMIT:]
 
 
-def _is_ours(file: str) -> bool:
+def is_ours(file: str) -> bool:
+    """Whether a frame of this file is between gunicorn and the app's code."""
     return file.startswith((_HERE, "<frozen importlib")) or file == _GUNICORN_APP
 
 
 def task_limit(cfg: Any) -> float:
-    """Seconds an action may run: `dirty_timeout`, where 0 is no limit."""
+    """Seconds an action may run: gunicorn's `dirty_timeout`, where 0 is no limit."""
     return float(cfg.dirty_timeout) if cfg.dirty_timeout else math.inf
 
 
@@ -139,16 +180,20 @@ def action(*, timeout: float | None = None, idempotent: bool = False) -> Callabl
 
 def traits(cls: type, limit: float) -> AppTraits:
     """What a class declares of its actions; `limit` holds where it says nothing."""
-    own = getattr(cls, "dirty_timeout", None)
+    own, whose = getattr(cls, "dirty_timeout", None), "gunicorn's dirty_timeout"
     if own is not None:
-        limit = _checked_timeout(f"{cls.__qualname__}.dirty_timeout", own)
+        whose = f"{cls.__qualname__}.dirty_timeout"
+        limit = _checked_timeout(whose, own)
     actions = {}
     for name in dir(cls):
         declared = getattr(getattr(cls, name, None), _MARK, None)
         if declared is not None:
             timeout, idempotent = declared
-            actions[name] = ActionTraits(limit if timeout is None else float(timeout), idempotent)
-    return AppTraits(ActionTraits(limit), actions)
+            of_action = (
+                (limit, whose) if timeout is None else (float(timeout), f"@action(timeout={timeout:g})")
+            )
+            actions[name] = ActionTraits(of_action[0], idempotent, of_action[1])
+    return AppTraits(ActionTraits(limit, limit=whose), actions)
 
 
 def _checked_timeout(what: str, seconds: float) -> float:

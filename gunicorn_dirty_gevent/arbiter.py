@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import gevent
+from gevent import monkey
 from gevent.event import Event
 from gunicorn import util
 from gunicorn.dirty.app import parse_dirty_app_spec
@@ -36,6 +37,10 @@ that a worker runs at once."""
 HAND_OVER_DELAY = 0.5
 """Seconds between a TERM and handing over to the next arbiter. Sent to the whole process group, TERM
 reaches us before the master could say that none will follow."""
+
+START_PAUSE = 1.0
+"""Seconds that an arbiter which cannot start waits before it ends: its cause is mostly there the next
+time too (a hook that raises, a user that cannot read Python's files)."""
 
 SIBLING_INTERVAL = 0.1
 """Seconds between looks at the HTTP workers of a master that stops; its own interval."""
@@ -62,6 +67,10 @@ class DirtyArbiter:
         self.num_workers: int = cfg.dirty_workers
         self._workers: dict[int, DirtyWorker] = {}
         self._app_specs: dict[str, dict[str, Any]] = {}
+        if cfg.dirty_threads < 1:
+            raise ValueError(
+                "dirty_threads is 0, so no dirty worker could take a call: it is how many each runs at once"
+            )
         for spec in cfg.dirty_apps:
             path, count = parse_dirty_app_spec(spec)
             self._app_specs[path] = {"import_path": path, "worker_count": count, "original_spec": spec}
@@ -109,6 +118,24 @@ class DirtyArbiter:
         process.run_child(self._main, kept, lambda: None)
 
     def _main(self) -> None:
+        try:
+            self._start()
+        except BaseException:
+            message = "Exception in dirty arbiter process (pid: %s): it cannot start; the next tries in %g s"
+            self.log.exception(message, self.pid, START_PAUSE)
+            # The master spawns the next one at once: without a pause, dozens a second.
+            monkey.get_original("time", "sleep")(START_PAUSE)
+            raise SystemExit(process.EXIT_ERROR) from None
+        try:
+            self._supervise()
+        finally:
+            if os.getppid() != self.ppid:
+                self.log.warning("Parent changed, shutting down dirty arbiter")
+                self._listener.remove()  # the master could not
+            self.log.info("Dirty arbiter exiting (pid: %s)", self.pid)
+
+    def _start(self) -> None:
+        """Everything until clients are accepted."""
         self.pid = os.getpid()
         self.log.info("Dirty arbiter starting (pid: %s)", self.pid)
         # Bodies in descriptors are not counted: where few are left, they are read (`blob.RESERVE`).
@@ -123,13 +150,6 @@ class DirtyArbiter:
         self._init_signals()
         self._router.open()
         self.log.info("Dirty arbiter listening on %s", self.socket_path)
-        try:
-            self._supervise()
-        finally:
-            if os.getppid() != self.ppid:
-                self.log.warning("Parent changed, shutting down dirty arbiter")
-                self._listener.remove()  # the master could not
-            self.log.info("Dirty arbiter exiting (pid: %s)", self.pid)
 
     def _prepare(self) -> None:
         """Everything that belongs to this process and its hub."""
@@ -138,6 +158,7 @@ class DirtyArbiter:
         self._todo: deque[Callable[[], None]] = deque()
         self._wake = Event()
         self._stop_by = math.inf
+        self._stop_why = ""
         self._hand_over_at = math.inf
         self._router = Router(self, self._app_specs, self.settings, self._listener)
         limits = {path: spec["worker_count"] for path, spec in self._app_specs.items()}
@@ -230,7 +251,9 @@ class DirtyArbiter:
         now = time.monotonic()
         self.alive = False
         self._router.stopping = True
-        self._stop_by = min(self._stop_by, now + (self.cfg.dirty_graceful_timeout if graceful else 0.0))
+        grace = self.cfg.dirty_graceful_timeout
+        self._stop_why = f"dirty_graceful_timeout of {grace} s is over" if graceful else "told to quit at once"
+        self._stop_by = min(self._stop_by, now + (grace if graceful else 0.0))
         self._hand_over_at = now + HAND_OVER_DELAY if graceful else math.inf
 
     def _finished(self) -> bool:
@@ -240,10 +263,11 @@ class DirtyArbiter:
         now = time.monotonic()
         if now >= self._stop_by:
             self._stop_by = math.inf
-            self._router.refuse_all()
+            self._pool.tell_cut_off(self._stop_why)
+            self._router.refuse_all(self._stop_why)
             self._pool.quit(now)
         elif not self._awaits_calls(now) and self._router.dispatcher.idle:
-            self._router.refuse_all()  # whatever comes now would wait for nobody
+            self._router.refuse_all("gunicorn stops")  # whatever comes now would wait for nobody
             self._pool.stop()
         return self._pool.empty and self._router.dispatcher.idle
 

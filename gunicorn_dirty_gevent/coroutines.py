@@ -144,11 +144,13 @@ class Coroutines:
             # Not from here: the log may have to wait.
             gevent.spawn(
                 self._log.warning,
-                "Dirty worker (pid: %s): %s has blocked the asyncio loop for %.1f s, other coroutines of "
-                "this worker wait. Await what waits, or move the work to asyncio.to_thread. It is at:\n%s",
+                "Dirty worker (pid: %s): %s has blocked the asyncio loop for %.1f s (told from "
+                "hub_blocked_after = %g s): no other coroutine of this worker runs. Await what waits, or "
+                "move the work to asyncio.to_thread. It is at:\n%s",
                 self._pid,
                 name,
                 seconds,
+                self._blocked_after,
                 stack,
             )
 

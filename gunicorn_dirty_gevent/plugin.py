@@ -50,6 +50,9 @@ def install(*, arbiter: bool = True, **options: float) -> None:
     if options:
         from . import settings
 
+        unknown = ", ".join(sorted(options.keys() - settings.NAMES))
+        if unknown:
+            raise TypeError(f"install() has no {unknown}; its options are {', '.join(settings.NAMES)}")
         settings.current = settings.Settings(**options)  # type: ignore[arg-type]
     _with_arbiter = arbiter
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -107,6 +107,13 @@ class Pool:
         """Have every worker end once it has finished."""
         self._manage(self.roster.stop())
 
+    def tell_cut_off(self, why: str) -> None:
+        """Log what a stop is going to cost."""
+        running_on = self._router.dispatcher.running_on
+        lost = [call for key in self._members for call in running_on(key)]
+        if lost:
+            self._log.warning("Cutting off dirty calls, %s: %s", why, _named(lost))
+
     def quit(self, now: float) -> None:
         """Have every worker end now."""
         self.stop()
@@ -131,14 +138,14 @@ class Pool:
                 self._log.error("Cannot make the stashes of dirty app %s: %s", path, failure)
 
     def ready(self, key: int, told: dict[str, Any]) -> None:
+        for path, fault in told["failed"].items():
+            self._router.act(self._router.dispatcher.app_failed(path, fault))
         member = self._members.get(key)
         if member is None:
-            return
+            return  # its end was seen before its last words were read
         now = time.monotonic()
-        for path, fault in told["failed"].items():
+        for path in told["failed"]:
             self._arbiter.app_worker_map[path].discard(member.pid)
-            self._log.error("Dirty worker (pid: %s): %s: %s", member.pid, path, fault["message"])
-            self._router.act(self._router.dispatcher.app_failed(path, fault))
         if not told["apps"] or self.roster.members[key].phase is not roster.Phase.BOOTING:
             return  # it exits: that is the failure, or it was told to while it booted
         member.worker.booted = True
@@ -234,7 +241,10 @@ class Pool:
         worker = self._arbiter.workers.pop(member.pid)
         for path in worker.app_paths:
             self._arbiter.app_worker_map[path].discard(member.pid)
-        self._router.act(self._router.dispatcher.worker_lost(member.key, how, now))
+        dispatcher = self._router.dispatcher
+        self._router.act(dispatcher.worker_lost(member.key, how, now))
+        if not worker.booted:
+            dispatcher.not_ready(worker.app_paths, f"the last one {how} while it loaded its apps")
         if not worker.booted and process.ended_by_request(status):
             self.roster.leaving(member.key)  # no failure of its apps
         self._manage(self.roster.exited(member.key, now))
@@ -243,16 +253,21 @@ class Pool:
     def _log_exit(self, member: _Member, status: int) -> None:
         """In gunicorn's words, and what it cost."""
         lost = self._router.dispatcher.running_on(member.key)
-        names = ", ".join(f"{app}.{action}" for app, action in lost[:10]) + (" ..." if len(lost) > 10 else "")
-        cost = f"; calls it was running: {len(lost)} ({names})" if lost else ""
+        cost = f"; calls it was running: {_named(lost)}" if lost else ""
+        if not member.worker.booted:
+            cost = f" while it loaded {', '.join(member.worker.app_paths)}"
         number = process.signal_of(status)
         log = self._log.error if lost else self._log.warning
         if number is not None:
+            if member.kill_at < math.inf and process.ended_by_request(status):
+                log = self._log.info
             what = process.describe_signal(number)
             log("Dirty worker (pid:%s) killed by signal %s: %s%s", member.pid, number, what, cost)
         elif status and not member.worker.booted:
-            how = process.describe_status(status)
-            self._log.error("Dirty worker failed to boot (pid:%s): it %s", member.pid, how)
+            what = f"it {process.describe_status(status)}{cost}"
+            if process.could_load_nothing(status):
+                what = "none of its apps loaded (see above)"
+            self._log.error("Dirty worker failed to boot (pid:%s): %s", member.pid, what)
         elif status or lost:
             log("Dirty worker (pid:%s) %s%s", member.pid, process.describe_status(status), cost)
         self._log.info("Dirty worker exited (pid:%s)", member.pid)
@@ -303,6 +318,12 @@ class Pool:
         if not self._options.max_requests:
             return 0
         return self._options.max_requests + random.randint(0, self._options.max_requests_jitter)
+
+
+def _named(calls: list[tuple[str, str]]) -> str:
+    """For the log: how many calls, and which."""
+    names = ", ".join(f"{app}.{action}" for app, action in calls[:10]) + (" ..." if len(calls) > 10 else "")
+    return f"{len(calls)} ({names})"
 
 
 def _traits(plain: dict[str, Any]) -> dispatch.AppTraits:

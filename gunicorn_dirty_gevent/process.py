@@ -35,6 +35,9 @@ _PF_FORKNOEXEC = 0x40  # linux/sched.h: forked, but has not executed another pro
 EXIT_ERROR = 1
 """Exit code after an error. Never 3 or 4: gunicorn's master halts on those."""
 
+EXIT_UNLOADED = 5
+"""Exit code of a dirty worker that could load none of its apps."""
+
 
 def fork(child: Callable[[], object], keep: Iterable[int], release: Callable[[], None]) -> int:
     """Fork; `child()` runs in a clean child process, which then exits. Returns the child's pid.
@@ -273,6 +276,11 @@ def ended_by_request(status: int) -> bool:
     """Whether the process ended of a signal that asks for it."""
     asking = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) in asking
+
+
+def could_load_nothing(status: int) -> bool:
+    """Whether a dirty worker that had not booted says so by its end."""
+    return os.WIFEXITED(status) and os.WEXITSTATUS(status) == EXIT_UNLOADED
 
 
 def signal_of(status: int) -> int | None:

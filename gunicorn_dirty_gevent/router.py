@@ -107,9 +107,9 @@ class Router:
     def tick(self, now: float) -> None:
         self.act(self.dispatcher.tick(now))
 
-    def refuse_all(self) -> None:
+    def refuse_all(self, why: str) -> None:
         """End every call with an error."""
-        self.act(self.dispatcher.stop())
+        self.act(self.dispatcher.stop(why))
 
     def flush(self) -> None:
         """Give the last answers to the kernel; clients read them after we have gone."""

@@ -72,5 +72,7 @@ class Settings:
             raise ValueError("install(max_message_size=...) is limited to 4294967295 by the wire")
 
 
+NAMES = tuple(field.name for field in fields(Settings))
+
 current = Settings()
 """The settings of this process tree; `install` puts the user's in place, forks inherit them."""

@@ -17,7 +17,7 @@ from . import app as apps
 from .blob import apart, detach
 from .codecs import CODECS, Arguments
 from .core import faults, values, wire
-from .core.dispatch import AppTraits
+from .core.dispatch import ActionTraits, AppTraits
 from .core.faults import Fault
 from .core.wire import Body, Request
 from .coroutines import Coroutines
@@ -109,10 +109,12 @@ class Task:
         self._deadline = time.monotonic() + request.budget
         self._runner: Runner | None = None
         self._cancelled = False
+        self._cut_off = False
         self._credit = wire.STREAM_WINDOW
         self._credit_came: Event | None = None
         self._timeout: gevent.Timeout = _NO_TIMEOUT
         self._limit = math.inf
+        self._whose = ""  # where that was set
         self._due = math.inf  # when the running timeout is due
         self._exposed = False  # the app's code is running
         self._interrupted = False
@@ -123,6 +125,14 @@ class Task:
         """The caller has gone away: end the action; its `finally` blocks run."""
         # The runner has waited by now (else the hub would not run), so it takes no other task.
         self._cancelled = True
+        self._kill()
+
+    def cut_off(self) -> None:
+        """The worker quits: end the action in the same way, but its caller waits for an answer."""
+        self._cut_off = True
+        self._kill()
+
+    def _kill(self) -> None:
         if self._runner is not None:
             self._runner.kill(block=False)
 
@@ -159,8 +169,8 @@ class Task:
             kind, payload = wire.ERROR, self._encode_fault(refused.fault)
         except gevent.GreenletExit as left:
             kind, payload = wire.END, b""
-            if not self._cancelled:  # it came from the app's own code
-                kind, payload = wire.ERROR, self._encode_fault(self._app_error(left))
+            if not self._cancelled:
+                kind, payload = wire.ERROR, self._encode_fault(self._left(left))
         except BaseException as error:  # a timeout that fired while an error was written up
             fault = faults.protocol(f"the call ended with {type(error).__name__}", may_have_run=True)
             kind, payload = wire.ERROR, self._encode_fault(fault)
@@ -171,7 +181,7 @@ class Task:
     def _perform(self) -> tuple[int, Answer]:
         """Run the action under its time limits; the last frame."""
         try:
-            self._limit = self._find_limit()
+            self._limit, _, self._whose = self._find_traits()
             self._start_timeout()
             result = self._call()
             while hasattr(result, "__await__"):
@@ -200,11 +210,11 @@ class Task:
         self._due = time.monotonic() + seconds
         self._timeout.start()
 
-    def _find_limit(self) -> float:
+    def _find_traits(self) -> ActionTraits:
         traits = self._host.traits.get(self.request.app)
         if traits is None:
             raise _Refused(faults.app_unknown(self.request.app, list(self._host.apps)))
-        return traits.actions.get(self.request.action, traits.default).timeout
+        return traits.actions.get(self.request.action, traits.default)
 
     def _expose(self, code: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the app's code; only in here may the watchdog interrupt."""
@@ -224,7 +234,15 @@ class Task:
         if problem is not None:
             raise _Refused(faults.action_unknown(self.request.app, action, problem))
         args, kwargs = self._arguments()
-        return self._expose(app, action, *args, **kwargs)
+        try:
+            return self._expose(app, action, *args, **kwargs)
+        except TypeError as error:
+            advice = apps.misfit(error, app, action, (args, kwargs))
+            if advice is None:
+                raise
+            fault = self._app_error(error, advice)
+            fault["details"]["may_have_run"] = False
+            raise _Refused(fault) from error
 
     def _arguments(self) -> Arguments:
         request = self.request
@@ -312,7 +330,7 @@ class Task:
         try:
             payload = self._codec.dumps_body(value, place)
         except values.UnencodableValue as error:
-            message = f"{request.app}.{request.action} ran, but its {error}"
+            message = f"{request.app}.{request.action} ran, but its answer was not sent: {error}"
             raise _Refused(faults.unencodable(message, request.app, request.action)) from error
         if len(payload) > self._host.max_message:
             what = f"the {place} of {request.app}.{request.action}"
@@ -327,14 +345,20 @@ class Task:
             message = f"the call failed, and its error cannot be sent: {type(error).__name__}"
             return self._codec.dumps_fault(faults.protocol(message, may_have_run=True))
 
-    def _app_error(self, error: BaseException) -> Fault:
+    def _app_error(self, error: BaseException, advice: str = "") -> Fault:
         request = self.request
         fault = apps.error_fault(error, request.app, request.action)
+        fault["message"] += advice
         text = fault["details"]["traceback"]
         self._host.log.error(
             "Error executing %s.%s: %s\n%s", request.app, request.action, fault["message"], text
         )
         return fault
+
+    def _left(self, error: gevent.GreenletExit) -> Fault:
+        if not self._cut_off:  # it came from the app's own code
+            return self._app_error(error)
+        return faults.cut_off(self.request.app, self.request.action, int(self._host.pid))
 
     def _timed_out(self, seconds: float | None) -> Fault:
         request = self.request
@@ -343,6 +367,5 @@ class Task:
         if own_limit:
             message = "Execution timeout for %s.%s after %gs"
             self._host.log.warning(message, request.app, request.action, seconds)
-        return faults.stopped_by_timeout(
-            request.app, request.action, seconds, int(self._host.pid), own_limit=own_limit
-        )
+        whose = self._whose if own_limit else faults.CALLERS_TIME
+        return faults.stopped_by_timeout(request.app, request.action, seconds, int(self._host.pid), whose)

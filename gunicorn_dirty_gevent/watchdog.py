@@ -13,6 +13,7 @@ Code stuck in C without a look at signals is left to the arbiter, which kills th
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 import traceback
@@ -22,6 +23,7 @@ from typing import Any
 
 import gevent
 
+from .app import is_ours
 from .task import Runner, Task
 
 INTERVAL = 0.25
@@ -86,7 +88,7 @@ class Watchdog:
             task.interrupt()
 
     def _name(self, task: Task, blocked: float, frame: FrameType | None) -> None:
-        stack = "".join(traceback.format_stack(frame))
+        stack = "".join(traceback.format_list(app_frames(frame)))
         try:
             self._log.warning(
                 "Dirty worker (pid: %s): %s.%s has blocked the hub for %.1f s (told from hub_blocked_after = "
@@ -101,6 +103,12 @@ class Watchdog:
             )
         except Exception:  # the interrupted code may be in the middle of the same log write
             pass
+
+
+def app_frames(frame: FrameType | None) -> list[traceback.FrameSummary]:
+    """The stack from the app's first frame on: ours above it say nothing."""
+    frames = list(traceback.extract_stack(frame))
+    return list(itertools.dropwhile(lambda entry: is_ours(entry.filename), frames)) or frames
 
 
 class _Turns:

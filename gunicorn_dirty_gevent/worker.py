@@ -92,7 +92,7 @@ class DirtyWorker:
             self._flush()
             self.log.info("Dirty worker %s exiting", self.pid)
         if not self.booted:
-            raise SystemExit(process.EXIT_ERROR)
+            raise SystemExit(process.EXIT_UNLOADED)
 
     def _boot(self) -> None:
         """Load the apps and say so; what fails to load is told with its reason."""
@@ -132,7 +132,7 @@ class DirtyWorker:
             self.cfg.dirty_worker_init(self)
         except Exception as error:
             for path in self.apps:
-                self._load_failed(path, error)
+                self._load_failed(path, error, "the hook dirty_worker_init raised ")
             self._close_apps()
             self.apps, self.traits = {}, {}
 
@@ -145,17 +145,13 @@ class DirtyWorker:
                 self._load_failed(path, error)
         self.send(wire.CLASSES, 0, values.dumps(declared))
 
-    def _load_failed(self, path: str, error: BaseException) -> None:
+    def _load_failed(self, path: str, error: BaseException, what: str = "") -> None:
         fault = apps.error_fault(error, path, None)
-        fault["message"] = f"the app failed to load: {fault['message']}"
+        why = f"{what}{type(error).__name__}: {error}" if what else fault["message"]
+        fault["message"] = f"the app failed to load: {why}"
         self.failed[path] = fault
-        self.log.error(
-            "Failed to initialize dirty app %s (pid: %s): %s\n%s",
-            path,
-            self.pid,
-            error,
-            fault["details"]["traceback"],
-        )
+        text = fault["details"]["traceback"]
+        self.log.error("Failed to initialize dirty app %s (pid: %s): %s\n%s", path, self.pid, why, text)
 
     def _serve(self) -> None:
         """Until the worker is to end: on a STOP when its tasks have ended, else at once."""
@@ -175,6 +171,8 @@ class DirtyWorker:
 
     def _close_apps(self) -> None:
         if self._tasks:
+            for task in list(self._tasks.values()):
+                task.cut_off()
             gevent.killall(list(self._runners), block=True, timeout=CLOSE_TIME)
         for path, app in self.apps.items():
             try:

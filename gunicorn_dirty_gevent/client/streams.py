@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -29,8 +28,11 @@ class _Stream:
         self._call: Call | None = None
         self._channel: Any = None
         self._ended = False
-        idle = client.idle_timeout
-        self._idle = min(DEFAULT_IDLE_TIMEOUT, client.timeout or math.inf) if idle is None else idle
+        self._idle, self._idle_option = client.idle_timeout, "idle_timeout"
+        if self._idle is None:
+            self._idle = DEFAULT_IDLE_TIMEOUT
+            if client.timeout is not None and client.timeout <= self._idle:
+                self._idle, self._idle_option = client.timeout, "timeout"
 
     def _started(self) -> Call:
         if self._call is None:
@@ -60,7 +62,9 @@ class _Stream:
         idle = idle_at - time.monotonic()
         if idle <= 0:
             sent = call.id != 0
-            raise error_from_fault(faults.idle_stream(call.app, call.action, self._idle, sent=sent))
+            raise error_from_fault(
+                faults.idle_stream(call.app, call.action, self._idle, sent=sent, option=self._idle_option)
+            )
         return min(seconds, idle)
 
     def _end(self) -> None:

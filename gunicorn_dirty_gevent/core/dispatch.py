@@ -68,6 +68,8 @@ class ActionTraits(NamedTuple):
 
     timeout: float  # seconds; inf for none
     idempotent: bool = False
+    limit: str = "dirty_timeout"
+    """Where `timeout` was set, in words."""
 
 
 class Call:
@@ -232,10 +234,11 @@ class Dispatcher:
         """Frames for calls that had ended: dropped, counted."""
         self._queues: dict[str, _Queue] = {app: _Queue() for app in apps}
         self._faults: dict[str, Fault] = {}
+        self._unready: dict[str, str] = {}
         self._clients: dict[Any, dict[int, Call]] = {}
         self._workers: dict[int, Worker] = {}
         self._deadlines: Deadlines[Call] = Deadlines()
-        self._stopped = False
+        self._stopped = ""  # why, once nothing runs any more
 
     # What the shell may look at.
 
@@ -284,7 +287,7 @@ class Dispatcher:
 
     def _refusal(self, request: Request, queue: _Queue, calls: dict[int, Call]) -> Fault | None:
         if self._stopped:
-            return faults.stopping(request.app, request.action, False)
+            return faults.stopping(request.app, request.action, self._stopped, False)
         if request.budget <= 0:
             why = "its time was over when it arrived"
             return faults.queue_timeout(request.app, request.action, 0.0, why)
@@ -354,6 +357,7 @@ class Dispatcher:
         ready = self._workers[worker] = Worker(worker, pid, apps, slots, max_calls)
         for app in apps:
             self._faults.pop(app, None)
+            self._unready.pop(app, None)
         return self._fill(ready, now)
 
     def app_failed(self, app: str, fault: Fault) -> list[Action]:
@@ -367,6 +371,12 @@ class Dispatcher:
         while (call := queue.head()) is not None:
             actions.append(self._end(call, faults.ran_before(fault) if call.attempts else fault))
         return actions
+
+    def not_ready(self, apps: Iterable[str], why: str) -> None:
+        """A worker ended before it could serve these apps; what is told of calls that wait in vain."""
+        for app in apps:
+            if not self._has(app):
+                self._unready[app] = why
 
     def worker_draining(self, worker: int) -> None:
         """Give the worker nothing new; it is going to stop when its calls have ended."""
@@ -464,14 +474,15 @@ class Dispatcher:
         self._queues[call.request.app].put(call, first=True)
         self._deadlines.set(call, call.deadline)
 
-    def stop(self) -> list[Action]:
+    def stop(self, why: str) -> list[Action]:
         """Nothing will run any more: end every call, and those that still come."""
-        self._stopped = True
+        self._stopped = why
         actions: list[Action] = []
         for calls in list(self._clients.values()):
             for call in list(calls.values()):
                 runs = call.state is State.RUNNING
-                fault = faults.stopping(call.request.app, call.request.action, call.attempts > 0)
+                request = call.request
+                fault = faults.stopping(request.app, request.action, why, call.attempts > 0)
                 actions.append(self._answer(call, fault) if runs else self._end(call, fault))
         return actions
 
@@ -496,9 +507,10 @@ class Dispatcher:
         holders = [w for w in self._workers.values() if request.app in w.apps and not w.draining]
         if holders:
             slots = sum(worker.slots for worker in holders)
-            why = f"all {slots} slots of {len(holders)} workers were busy"
+            why = f"all {slots} slots of {len(holders)} workers were busy (dirty_workers, dirty_threads)"
         else:
-            why = "no dirty worker was ready with this app"
+            reason = self._unready.get(request.app, "gunicorn's log says more")
+            why = f"no dirty worker was ready with this app ({reason})"
         waited = now - call.enqueued
         return faults.queue_timeout(request.app, request.action, waited, why, ran=call.attempts > 0)
 
@@ -519,30 +531,37 @@ class Dispatcher:
                 f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
             )
             worker.draining = True
-            stuck = faults.stuck(request.app, request.action, limit, worker.pid)
+            stuck = faults.stuck(request.app, request.action, limit, worker.pid, call.traits.limit)
             return [*([self._answer(call, stuck)] if waits else []), Kill(worker.key, why)]
         if waits and call.deadline + REPLY_GRACE <= now:
-            late = faults.run_timeout(request.app, request.action, now - call.enqueued, worker.pid)
+            ran, blocks = now - call.enqueued, self._blocks(call, now)
+            first = f"{blocks.request.app}.{blocks.request.action}" if blocks else None
+            late = faults.run_timeout(request.app, request.action, ran, worker.pid, first)
             return [self._answer(call, late), *self._abandon(call, now)]
         self._watch(call)
         return []
 
-    def _blocker(self, call: Call, now: float) -> Call | None:
+    def _blocks(self, call: Call, now: float) -> Call | None:
         """The call that keeps the worker's hub from running, and perhaps this one from starting, if
-        the worker has just said so and that call is within its own limit. (Code stuck in C says
-        nothing.)"""
+        the worker has just said so. (Code stuck in C says nothing.)"""
         worker = call.worker
         assert worker is not None
-        blocker = worker.running.get(worker.blocked_by)
-        if blocker is None or blocker is call or now - worker.blocked_at > BLOCKED_GRACE:
+        other = worker.running.get(worker.blocked_by)
+        if other is None or other is call or now - worker.blocked_at > BLOCKED_GRACE:
             return None
-        return blocker if self._stuck_at(blocker) > now else None
+        return other
+
+    def _blocker(self, call: Call, now: float) -> Call | None:
+        """The same, if that call is within its own limit."""
+        other = self._blocks(call, now)
+        return other if other is not None and self._stuck_at(other) > now else None
 
     def _hold_up(self, call: Call, blocker: Call, now: float) -> list[Action]:
         worker, request = call.worker, call.request
         assert worker is not None
         first = f"{blocker.request.app}.{blocker.request.action}"
-        fault = faults.held_up(request.app, request.action, call.traits.timeout, worker.pid, first)
+        timeout, _, limit = call.traits
+        fault = faults.held_up(request.app, request.action, timeout, worker.pid, limit, first)
         return [self._answer(call, fault), *self._abandon(call, now)]
 
     def _answer(self, call: Call, fault: Fault) -> Refuse:

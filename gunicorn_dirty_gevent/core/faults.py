@@ -48,7 +48,7 @@ def unencodable(message: str, app: str, action: str) -> Fault:
 def overloaded(app: str, what: str) -> Fault:
     return fault(
         "DirtyOverloadedError",
-        f"{app}: {what}; the call has not run, try again later or raise the limit",
+        f"{app}: {what}; the call has not run, try again later or raise the limit with install()",
         may_have_run=False,
         app_path=app,
     )
@@ -56,9 +56,11 @@ def overloaded(app: str, what: str) -> Fault:
 
 def message_too_large(what: str, size: int, limit: int, *, ran: bool) -> Fault:
     told = "the call has run" if ran else "nothing was sent"
+    parts = "send it in parts (a stream's chunks count one by one)" if ran else "send less at a time"
     return fault(
         "DirtyMessageTooLargeError",
-        f"{what} take {size} bytes encoded; max_message_size is {limit}; {told}",
+        f"{what}: {size} bytes encoded, and max_message_size is {limit}; {told}. Raise it with "
+        f"install(max_message_size=...) or {parts}",
         may_have_run=ran,
         size=size,
         limit=limit,
@@ -78,12 +80,11 @@ def queue_timeout(app: str, action: str, waited: float, why: str, *, ran: bool =
     )
 
 
-_OWN_LIMIT = "dirty_timeout of gunicorn, the app or the action"
-"""The three places where an action's own limit may have been set."""
+CALLERS_TIME = "the time its caller gave it"
+"""Whose limit it was, where it was none of the action's own."""
 
 
-def stopped_by_timeout(app: str, action: str, limit: float, pid: int, *, own_limit: bool) -> Fault:
-    whose = _OWN_LIMIT if own_limit else "the time its caller gave it"
+def stopped_by_timeout(app: str, action: str, limit: float, pid: int, whose: str) -> Fault:
     return fault(
         "DirtyTimeoutError",
         f"{app}.{action} was stopped after {limit:.3g} s in dirty worker {pid} ({whose}); it has run in part",
@@ -99,7 +100,10 @@ def no_answer(app: str, action: str, timeout: float | None, socket_path: str, *,
     if sent:
         told = "the request was sent, so the call may have run; the dirty arbiter did not answer"
     else:
-        told = "there was no connection to the dirty arbiter, so the call has not run"
+        told = (
+            f"nothing accepts connections at {socket_path}, so the call has not run; gunicorn's log says "
+            "what became of the dirty arbiter"
+        )
     return fault(
         "DirtyTimeoutError",
         f"{app}.{action} did not end within {timeout:.6g} s: {told}",
@@ -111,10 +115,11 @@ def no_answer(app: str, action: str, timeout: float | None, socket_path: str, *,
     )
 
 
-def idle_stream(app: str, action: str, idle: float, *, sent: bool) -> Fault:
+def idle_stream(app: str, action: str, idle: float, *, sent: bool, option: str) -> Fault:
+    told = "it has been stopped" if sent else "it has not run"
     return fault(
         "DirtyTimeoutError",
-        f"no chunk from {app}.{action} for {idle:.3g} s (idle_timeout)",
+        f"no chunk from {app}.{action} for {idle:.3g} s ({option}); {told}",
         may_have_run=sent,
         timeout=idle,
         app_path=app,
@@ -143,11 +148,14 @@ def cancelled(app: str, action: str, *, sent: bool) -> Fault:
     )
 
 
-def run_timeout(app: str, action: str, ran: float, pid: int) -> Fault:
+def run_timeout(app: str, action: str, ran: float, pid: int, first: str | None) -> Fault:
+    if first is None:
+        told = f"dirty worker {pid} has not confirmed that it stopped it after {ran:.3g} s"
+    else:
+        told = f"it was probably not started: {first} keeps the hub of dirty worker {pid} from running"
     return fault(
         "DirtyTimeoutError",
-        f"{app}.{action} did not end within the time its caller gave it and worker {pid} has not "
-        f"confirmed that it stopped; it has run for {ran:.3g} s",
+        f"{app}.{action} did not end within {CALLERS_TIME}; {told}",
         may_have_run=True,
         timeout=ran,
         app_path=app,
@@ -156,10 +164,10 @@ def run_timeout(app: str, action: str, ran: float, pid: int) -> Fault:
     )
 
 
-def held_up(app: str, action: str, limit: float, pid: int, first: str) -> Fault:
+def held_up(app: str, action: str, limit: float, pid: int, whose: str, first: str) -> Fault:
     return fault(
         "DirtyTimeoutError",
-        f"{app}.{action} did not end within {limit:.6g} s ({_OWN_LIMIT}); it was probably not started: "
+        f"{app}.{action} did not end within {limit:.3g} s ({whose}); it was probably not started: "
         f"{first} keeps the hub of dirty worker {pid} from running",
         may_have_run=True,
         timeout=limit,
@@ -169,10 +177,10 @@ def held_up(app: str, action: str, limit: float, pid: int, first: str) -> Fault:
     )
 
 
-def stuck(app: str, action: str, limit: float, pid: int) -> Fault:
+def stuck(app: str, action: str, limit: float, pid: int, whose: str) -> Fault:
     return fault(
         "DirtyTimeoutError",
-        f"{app}.{action} ran past its limit of {limit:.6g} s ({_OWN_LIMIT}) and could not be stopped: "
+        f"{app}.{action} ran past its limit of {limit:.6g} s ({whose}) and could not be stopped: "
         f"dirty worker {pid} is killed; it has run in part",
         may_have_run=True,
         timeout=limit,
@@ -193,14 +201,25 @@ def worker_died(app: str, action: str, pid: int, how: str) -> Fault:
     )
 
 
-def stopping(app: str, action: str, may_have_run: bool) -> Fault:
+def stopping(app: str, action: str, why: str, may_have_run: bool) -> Fault:
     ran = "it was cut off while it ran" if may_have_run else "it has not run"
     return fault(
         "DirtyWorkerError",
-        f"{app}.{action}: the dirty arbiter stopped before the call ended; {ran}",
+        f"{app}.{action}: the dirty arbiter stopped before the call ended ({why}); {ran}",
         may_have_run=may_have_run,
         app_path=app,
         action=action,
+    )
+
+
+def cut_off(app: str, action: str, pid: int) -> Fault:
+    return fault(
+        "DirtyWorkerError",
+        f"{app}.{action}: dirty worker {pid} was told to quit at once; it was cut off while it ran",
+        may_have_run=True,
+        app_path=app,
+        action=action,
+        worker_id=pid,
     )
 
 

@@ -149,7 +149,7 @@ class Roster:
         if self._abandons_reload(member):
             return self._give_up_reload(member)
         member.replace = "apps failed to load"
-        return self._back_off(BOOT_BACKOFF, "failed to load all their apps", now)
+        return self._back_off(BOOT_BACKOFF, "could not load every app (see above)", now)
 
     def replace(self, key: int, why: str) -> bool:
         """Spawn a worker in the place of this one, which serves until that one is ready. False if it
@@ -177,7 +177,7 @@ class Roster:
             return self._back_off(CRASH_BACKOFF, "died right after they were ready", now)
         if self._abandons_reload(member):
             return self._give_up_reload(member)
-        return self._back_off(BOOT_BACKOFF, "failed to boot", now)
+        return self._back_off(BOOT_BACKOFF, "failed to boot (see above)", now)
 
     def resize(self, size: int) -> int:
         """Change the number of workers; returns the new one. It never goes below `minimum`, and

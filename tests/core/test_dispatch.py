@@ -25,7 +25,7 @@ from gunicorn_dirty_gevent.core.dispatch import (
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
 PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})
-TIMELESS = ("app_failed", "worker_draining", "stop")
+TIMELESS = ("app_failed", "not_ready", "worker_draining", "stop")
 CREDIT_1 = wire.pack_credit(0, 1)[wire.HEADER_SIZE :]
 
 
@@ -392,7 +392,24 @@ def test_a_worker_that_drains_does_not_count_as_having_the_app():
 @pytest.mark.parametrize(
     ("before", "why"),
     [
-        ([], "no dirty worker was ready with this app"),
+        ([], "no dirty worker was ready with this app (gunicorn's log says more)"),
+        ([(0.0, ("not_ready", ["a"], "it crashed"), [])], "was ready with this app (it crashed)"),
+        (
+            [
+                (0.0, ("not_ready", ["a"], "it crashed"), []),
+                (0.0, ("worker_ready", 1, *ready()), []),
+                (0.0, ("worker_lost", 1, "died"), []),
+            ],
+            "was ready with this app (gunicorn's log says more)",
+        ),
+        (
+            [
+                (0.0, ("worker_ready", 1, *ready()), []),
+                (0.0, ("not_ready", ["a"], "another crashed"), []),
+                (0.0, ("worker_lost", 1, "died"), []),
+            ],
+            "was ready with this app (gunicorn's log says more)",
+        ),
         ([(0.0, ("worker_ready", 1, *ready("b")), [])], "no dirty worker was ready with this app"),
         (
             [
@@ -815,7 +832,8 @@ def test_a_call_that_waits_again_has_its_deadline_and_can_be_cancelled():
 
 
 @pytest.mark.parametrize(
-    ("event", "error"), [(("app_failed", "a", BROKEN), "DirtyAppError"), (("stop",), "DirtyWorkerError")]
+    ("event", "error"),
+    [(("app_failed", "a", BROKEN), "DirtyAppError"), (("stop", "told to quit"), "DirtyWorkerError")],
 )
 def test_whoever_ends_a_call_that_waits_again_says_that_it_may_have_run(event, error):
     dispatcher, _ = play(
@@ -840,14 +858,14 @@ def test_stop_ends_every_call_and_those_that_still_come():
             (0.0, ("submit", "d", 1, request("b")), []),
             (
                 1.0,
-                ("stop",),
+                ("stop", "told to quit"),
                 [
                     "refuse c#1 DirtyWorkerError ran?",
                     "refuse c#2 DirtyWorkerError not run",
                     "refuse d#1 DirtyWorkerError not run",
                 ],
             ),
-            (1.0, ("stop",), []),
+            (1.0, ("stop", "told to quit"), []),
             (1.0, submit(3), ["refuse c#3 DirtyWorkerError not run"]),
             (2.0, answer(1, 1), []),
             (2.0, submit(4), ["refuse c#4 DirtyWorkerError not run"]),

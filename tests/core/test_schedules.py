@@ -321,7 +321,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             return
         if self.ends_by_stop:
             self.stopped = True
-            self.carry_out(self.dispatcher.stop())
+            self.carry_out(self.dispatcher.stop("told to quit"))
             assert not self.waiting
             self.submit_one("x", 1, "a", "plain", 3.0)
         while any(worker.running for worker in self.workers.values()):

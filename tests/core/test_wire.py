@@ -394,8 +394,6 @@ def test_hello_cut_short(payload):
         wire.unpack_hello(payload)
 
 
-@pytest.mark.parametrize(
-    ("size", "cost"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8193), (10**6, 10**6)]
-)
+@pytest.mark.parametrize(("size", "cost"), [(0, 8192), (1, 8192), (8192, 8192), (8193, 8193), (10**6, 10**6)])
 def test_what_a_chunk_takes_of_its_window(size, cost):
     assert wire.chunk_cost(b"x" * size) == cost

@@ -60,7 +60,9 @@ def test_show_dirty_is_full(server: Gunicorn) -> None:
     assert sorted(workers.values())[0] == "tasks:Everywhere"
     # The configuration's number wins over the class's.
     assert {app: count for app, (count, _) in apps.items()} == {
-        "tasks:Everywhere": 3, "tasks:Once": 1, "tasks:Twice": 2
+        "tasks:Everywhere": 3,
+        "tasks:Once": 1,
+        "tasks:Twice": 2,
     }
     assert apps["tasks:Once"][1] == "1" and apps["tasks:Twice"][1] == "2"
 

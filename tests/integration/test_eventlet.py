@@ -99,9 +99,7 @@ def server() -> Iterator[Gunicorn]:
 @pytest.mark.parametrize("name", ["timeout", "killed"])
 def test_a_caller_that_gives_up_cancels_its_task(server: Gunicorn, name: str) -> None:
     assert server.get(f"/{name}").json() == name
-    wait_until(
-        lambda: f"let go {name}" in server.log_text(), 15, "the task to be cancelled", server.evidence
-    )
+    wait_until(lambda: f"let go {name}" in server.log_text(), 15, "the task to be cancelled", server.evidence)
     assert server.get('/call?action=echo&args=["next"]').json() == "next"
 
 
@@ -129,7 +127,9 @@ def test_install_after_eventlets_patching_says_what_to_do() -> None:
     """
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)],
-        capture_output=True, text=True, timeout=30,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert ended.returncode == 1
     assert "Call it first in gunicorn.conf.py, before eventlet.monkey_patch()" in ended.stderr

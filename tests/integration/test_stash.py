@@ -206,10 +206,21 @@ def test_gunicorns_functions(server: Gunicorn) -> None:
 
 def test_gunicorns_table_is_like_a_dict(server: Gunicorn) -> None:
     assert ask(server, "/table") == {
-        "a": 1, "none": None, "in": True, "not in": True, "len": 2, "keys": ["a", "none"],
-        "default": "default", "items": [["a", 1], ["none", None]], "values": [1, None],
-        "pattern": ["none"], "name": "dict-like", "get": "'b'", "del": "'b'",
-        "after": ["none"], "cleared": 0,
+        "a": 1,
+        "none": None,
+        "in": True,
+        "not in": True,
+        "len": 2,
+        "keys": ["a", "none"],
+        "default": "default",
+        "items": [["a", 1], ["none", None]],
+        "values": [1, None],
+        "pattern": ["none"],
+        "name": "dict-like",
+        "get": "'b'",
+        "del": "'b'",
+        "after": ["none"],
+        "cleared": 0,
     }
 
 

@@ -148,8 +148,7 @@ def _new_descriptors(before: Snapshot) -> list[str]:
     return [
         text
         for (fd, target), text in descriptors().items()
-        if (fd, target) not in before.descriptors
-        and not (before.had_hub and target in HUB_DESCRIPTORS)
+        if (fd, target) not in before.descriptors and not (before.had_hub and target in HUB_DESCRIPTORS)
     ]
 
 
