@@ -252,7 +252,9 @@ class DirtyArbiter:
         self.alive = False
         self._router.stopping = True
         grace = self.cfg.dirty_graceful_timeout
-        self._stop_why = f"dirty_graceful_timeout of {grace} s is over" if graceful else "told to quit at once"
+        self._stop_why = (
+            f"dirty_graceful_timeout of {grace} s is over" if graceful else "told to quit at once"
+        )
         self._stop_by = min(self._stop_by, now + (grace if graceful else 0.0))
         self._hand_over_at = now + HAND_OVER_DELAY if graceful else math.inf
 

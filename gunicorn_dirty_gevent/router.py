@@ -20,6 +20,7 @@ from .core.wire import Frame, FrameDecoder
 from .link import PEER_GONE, Link
 from .listener import Listener
 from .settings import Settings
+from .stash_desk import Refusal
 
 GOAWAY_TIME = 1.0
 """Seconds a client gets to confirm that it sends its new calls to the next arbiter."""
@@ -173,7 +174,7 @@ class Router:
         dialect = _dialect(link)
         try:
             result = self.desk.answer(kind, payload, dialect.codec)
-        except desk.Refusal as refusal:
+        except Refusal as refusal:
             self.refuse(link, call_id, refusal.fault)
         else:
             self._send(link, dialect.pack(wire.RESPONSE, call_id, result))

@@ -143,7 +143,7 @@ class StashClient(_StockClient):  # type: ignore[misc]
     ) -> Any:
         call = self._call(op, table, {"key": key, "value": value, "pattern": pattern, **more})
         try:
-            channels.perform(channels.get(self), call, self.timeout)
+            self._carry(call)
             return result(call)
         except DirtyError as error:
             raise _stash_error(error, table, key) from error
@@ -151,10 +151,16 @@ class StashClient(_StockClient):  # type: ignore[misc]
     async def _execute_async(self, op: int, table: str, key: Any = None, **more: Any) -> Any:
         call = self._call(op, table, {"key": key, **more})
         try:
-            await aio.perform(aio.get(self.socket_path), call, self.timeout)
+            await self._carry_async(call)
             return result(call)
         except DirtyError as error:
             raise _stash_error(error, table, key) from error
+
+    def _carry(self, call: Call) -> None:
+        channels.perform(channels.get(self), call, self.timeout)
+
+    async def _carry_async(self, call: Call) -> None:
+        await aio.perform(aio.get(self.socket_path), call, self.timeout)
 
     def _call(self, op: int, table: str, more: dict[str, Any]) -> Call:
         """The message has gunicorn's names; its value is encoded apart: the arbiter passes it on so."""

@@ -315,7 +315,7 @@ def test_what_cannot_work_says_so(server: Gunicorn) -> None:
 
 @pytest.mark.parametrize(
     ("action", "message"),
-    [("boom", "boo from a coroutine"), ("thread_error", "in a thread"), ("leave", "3")],
+    [("boom", "boo from a coroutine"), ("thread_error", "in a thread"), ("leave", "SystemExit: 3")],
 )
 def test_an_error_is_the_callers(server: Gunicorn, action: str, message: str) -> None:
     told = failure(server, "/call", action)

@@ -208,6 +208,13 @@ def test_the_tests_of_apps_pass_without_gunicorn(tmp_path: Path) -> None:
     assert "1 failed, 4 passed" in run_pytest(tmp_path, files)
 
 
+def test_the_test_of_an_app_with_a_stash_passes_without_gunicorn(tmp_path: Path) -> None:
+    files = {"tasks.py": blocks("stash")["stash-tasks"], "test_reports.py": code("apps-test-stash")}
+    assert "1 passed" in run_pytest(tmp_path, files)
+    files["tasks.py"] = files["tasks.py"].replace('stash.incr("counters", "built")', "pass")
+    assert "1 failed" in run_pytest(tmp_path, files)
+
+
 # -- calling ---------------------------------------------------------------------------------------
 
 HOLD = """

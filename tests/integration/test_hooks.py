@@ -103,7 +103,8 @@ def test_a_hook_that_raises_in_the_arbiter_costs_nothing(hook: str) -> None:
 def test_a_dirty_worker_init_that_raises_is_told_to_callers() -> None:
     raising = "def dirty_worker_init(worker):\n    raise ValueError('boo')\n"
     with Gunicorn(APP, TASKS, SETTINGS, extra_config=raising) as running:
-        assert running.get("/").text == "DirtyAppError: the app failed to load: boo"
+        why = "the hook dirty_worker_init raised ValueError: boo"
+        assert running.get("/").text == f"DirtyAppError: the app failed to load: {why}"
         running.wait_log("failed to boot")
 
 
