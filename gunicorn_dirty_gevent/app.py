@@ -9,10 +9,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import gevent
 from gunicorn.dirty.app import DirtyApp, load_dirty_app
+from gunicorn.dirty.errors import DirtyAppError, DirtyError
 
 from .codecs import Arguments
 from .core.dispatch import ActionTraits, AppTraits
@@ -45,8 +46,14 @@ def load(path: str) -> DirtyApp:
     module_name = path.partition(":")[0]
     # gunicorn's loader reports any ImportError as "app not found"; imported first, a missing
     # dependency of the module is reported by its own name.
-    importlib.import_module(module_name)
-    return load_dirty_app(path)
+    module = importlib.import_module(module_name)
+    try:
+        return load_dirty_app(path)
+    except DirtyAppError as error:
+        cls = getattr(module, path.partition(":")[2], None)
+        if not isinstance(cls, type) or issubclass(cls, DirtyApp):
+            raise
+        raise DirtyAppError(f"{error.message}; does it inherit from DirtyApp?", path) from error
 
 
 def unknown_action(app: DirtyApp, action: str) -> str | None:
@@ -88,7 +95,8 @@ def describe_error(error: BaseException) -> str:
     name = type(error).__name__
     try:
         # Joined: exactly a str, where a subclass (Django's SafeString) could not be sent.
-        text = "".join((str(error), ""))
+        # And without gunicorn's details, which travel by themselves.
+        text = "".join((error.message if isinstance(error, DirtyError) else str(error), ""))
     except Exception:
         return f"{name} (its str() fails)"
     if isinstance(error, (KeyError, SystemExit, gevent.Timeout)):  # a key, a code, "5 seconds"
@@ -111,7 +119,7 @@ def misfit(error: TypeError, app: DirtyApp, action: str, arguments: Arguments) -
         return None
     rest = {name: value for name, value in kwargs.items() if name != "timeout"}
     if len(rest) < len(kwargs) and _fits(method, args, rest):
-        return "; a call's own limit is given with client.options(timeout=...)"
+        return ". A call's own limit is given with client.options(timeout=...)"
     return ""
 
 
@@ -152,7 +160,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "_dirty_action"
 
 
-def action(*, timeout: float | None = None, idempotent: bool = False) -> Callable[[F], F]:
+def action(*positional: NoReturn, timeout: float | None = None, idempotent: bool = False) -> Callable[[F], F]:
     """Declare how an action of a dirty app is to be run::
 
         class ImageApp(DirtyApp):
@@ -166,8 +174,11 @@ def action(*, timeout: float | None = None, idempotent: bool = False) -> Callabl
     theirs. `idempotent`: running it twice does no harm, so when its worker dies it is run once more
     elsewhere instead of failing.
 
-    Raises ValueError for a timeout that is not a positive number.
+    Raises ValueError for a timeout that is not a positive number, TypeError where its parentheses or names
+    are left out.
     """
+    if positional:
+        raise TypeError("action is written with parentheses and names: @action(timeout=5)")
     if timeout is not None:
         _checked_timeout("action(timeout=...)", timeout)
 

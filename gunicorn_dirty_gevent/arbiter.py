@@ -22,7 +22,7 @@ from gevent.event import Event
 from gunicorn import util
 from gunicorn.dirty.app import parse_dirty_app_spec
 
-from . import process, settings
+from . import __version__, process, settings
 from .core import wire
 from .listener import get_listener
 from .overview import Overview
@@ -150,6 +150,19 @@ class DirtyArbiter:
         self._init_signals()
         self._router.open()
         self.log.info("Dirty arbiter listening on %s", self.socket_path)
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Say which arbiter this is, and what of its settings cannot hold."""
+        cfg = self.cfg
+        threads = cfg.dirty_threads
+        message = "gunicorn_dirty_gevent %s: %s dirty workers, up to %s calls at once in each"
+        self.log.info(message, __version__, cfg.dirty_workers, threads)
+        if cfg.dirty_graceful_timeout > cfg.graceful_timeout:
+            message = (
+                "dirty_graceful_timeout (%s s) is above graceful_timeout (%s s): a stop kills what runs then"
+            )
+            self.log.warning(message, cfg.dirty_graceful_timeout, cfg.graceful_timeout)
 
     def _prepare(self) -> None:
         """Everything that belongs to this process and its hub."""
@@ -164,7 +177,7 @@ class DirtyArbiter:
         limits = {path: spec["worker_count"] for path, spec in self._app_specs.items()}
         self._pool = Pool(self, limits, self._router, self.settings)
         if self._router.desk.restored:
-            self.log.info("Restored the stash: %s tables", len(self._router.desk.stash.tables()))
+            self.log.info("Restored the stash (tables: %s)", len(self._router.desk.stash.tables()))
 
     # The main greenlet.
 
@@ -208,6 +221,10 @@ class DirtyArbiter:
     def _handle_signals(self) -> None:
         while self._signals:
             number = self._signals.popleft()
+            if number == signal.SIGHUP and signal.SIGTERM in self._signals:
+                # Both waited, and Python tells the lower number first: the master sent TERM before, for our
+                # successor is to have other settings. Workers of ours with the new code are for nobody.
+                continue
             if number == signal.SIGCHLD:
                 self._pool.reap()
             elif number == signal.SIGUSR1:

@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -57,10 +58,22 @@ def install(*, arbiter: bool = True, **options: float) -> None:
     _with_arbiter = arbiter
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        if arbiter and _TARGET in sys.modules and "GUNICORN_DIRTY_SOCKET" in os.environ:
+            # (A master that USR2 has started has that variable too, but no such module yet.)
+            _say_too_late()
         if _EVENTLET in sys.modules:
             _load_gevent(sys.modules[_EVENTLET])
     if _TARGET in sys.modules:
         _replace(sys.modules[_TARGET])
+
+
+def _say_too_late() -> None:
+    import logging
+
+    logging.getLogger("gunicorn.error").warning(
+        "gunicorn_dirty_gevent.install() comes too late: gunicorn's own dirty arbiter is running. Call it "
+        "at the top of gunicorn.conf.py, and start gunicorn anew"
+    )
 
 
 def _replace(dirty: Any) -> None:

@@ -150,6 +150,8 @@ class Pool:
             return  # it exits: that is the failure, or it was told to while it booted
         member.worker.booted = True
         self._manage(self.roster.ready(key, now, whole=not told["failed"]))
+        if self.roster.members[key].phase is not roster.Phase.READY:
+            return  # the reload that it was made for is given up
         apps = {path: _traits(plain) for path, plain in told["apps"].items()}
         ready = self._router.dispatcher.worker_ready
         self._router.act(ready(key, member.pid, apps, told["slots"], now, self._max_calls()))

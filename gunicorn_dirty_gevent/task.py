@@ -240,7 +240,7 @@ class Task:
             advice = apps.misfit(error, app, action, (args, kwargs))
             if advice is None:
                 raise
-            fault = self._app_error(error, advice)
+            fault = self._app_error(error, f"; it has not run{advice}")
             fault["details"]["may_have_run"] = False
             raise _Refused(fault) from error
 

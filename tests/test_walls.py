@@ -28,7 +28,7 @@ PURE = {
 system. (No gevent, socket, os, signal, time, threading, random; no gunicorn.)"""
 
 FROM_GUNICORN = {
-    "app.py": {"gunicorn.dirty.app"},
+    "app.py": {"gunicorn.dirty.app", "gunicorn.dirty.errors"},
     "arbiter.py": {"gunicorn.dirty.app", "gunicorn.util"},
     "client/client.py": {"gunicorn.dirty.client"},
     "client/stock.py": {"gunicorn.dirty.protocol", "gunicorn.dirty.tlv"},

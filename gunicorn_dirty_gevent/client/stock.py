@@ -67,7 +67,10 @@ def request(call: Call) -> bytes:
 def _stash_request(message: dict[str, Any]) -> bytes:
     operation, table = message["op"], message["table"]
     if operation > protocol.STASH_OP_EXISTS or message.get("ttl") is not None:
-        raise Unencodable("gunicorn's own dirty arbiter has no add, incr, compare_and_set and ttl")
+        raise Unencodable(
+            "gunicorn's own dirty arbiter is running, which has no add, incr, compare_and_set and ttl; "
+            "gunicorn_dirty_gevent.install() in gunicorn.conf.py puts another in its place"
+        )
     value = values.loads(message["value"])
     arguments = {"key": message.get("key"), "value": value, "pattern": message.get("pattern")}
     return bytes(protocol.BinaryProtocol.encode_stash(1, operation, table, **arguments))

@@ -5,9 +5,12 @@ Under eventlet's monkey patching the same code is cooperative: its threads are g
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 
 from ..core.mux import Call, Mux, Phase, nobody
@@ -16,6 +19,10 @@ from .stock import StockChannel, probe
 
 READ_SIZE = 262144
 """Bytes per read, as in `gunicorn_dirty_gevent.link`."""
+
+_HERE = os.path.dirname(__file__)
+
+_warned = False
 
 RETRY_PAUSE = 0.05
 """Seconds until the next try when a connection ended before the arbiter said hello."""
@@ -46,6 +53,7 @@ class ThreadChannel:
             self._shut(self._sock)
 
     def wait(self, call: Call, seconds: float) -> None:
+        _warn_in_coroutine()
         arrived = threading.Event()
         call.notify = arrived.set
         try:
@@ -175,6 +183,24 @@ class ThreadChannel:
         with self._lock:
             if self._mux.waiting and self._mux.phase is Phase.DOWN:
                 self._connect()
+
+
+def _warn_in_coroutine() -> None:
+    """Once, where a wait blocks an event loop. (eventlet's hub may be one: it waits there as it should.)"""
+    global _warned
+    asyncio = sys.modules.get("asyncio")
+    if _warned or asyncio is None or "eventlet" in sys.modules or asyncio._get_running_loop() is None:
+        return
+    _warned = True
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        "a dirty call in a coroutine keeps its event loop from running until the answer is there: await "
+        "execute_async(), or use stream_async()",
+        RuntimeWarning,
+        stacklevel=level,
+    )
 
 
 def _unix_socket() -> socket.socket:

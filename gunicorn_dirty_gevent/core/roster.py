@@ -328,7 +328,7 @@ class Roster:
         failed = self.generation
         self.generation = self._serving
         message = (
-            f"Reload failed: a dirty worker of generation {failed} did not boot whole (see above); "
+            f"Reload failed: a dirty worker of generation {failed} did not load all of its apps (see above); "
             f"generation {self._serving} goes on serving. Mend the code and send HUP again"
         )
         actions: list[Action] = [Say("error", message)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from asking import app_source, ask, asking, collect, failure, path, wait_ready
-from support.gunicorn import OURS, Gunicorn
+from support.gunicorn import OURS, STOCK, Gunicorn
 
 APP = "tasks:App"
 BRIEF = "tasks:Brief"
@@ -98,7 +98,7 @@ def busy() -> Iterator[Gunicorn]:
     [
         ([1, 2], {}, "echo() takes from 1 to 2 positional arguments but 3 were given"),
         ([], {"color": 1}, "echo() got an unexpected keyword argument 'color'"),
-        ([], {"timeout": 1}, "a call's own limit is given with client.options(timeout=...)"),
+        ([], {"timeout": 1}, "A call's own limit is given with client.options(timeout=...)"),
     ],
 )
 def test_arguments_that_do_not_fit_have_run_nothing(
@@ -275,3 +275,94 @@ def test_a_worker_that_is_stopped_while_it_loads_is_no_warning() -> None:
         gunicorn.stop()
         assert re.search(r"\[INFO\] Dirty worker \(pid:\d+\) killed by signal 15", gunicorn.log_text())
         assert "[WARNING]" not in gunicorn.log_text()
+
+
+# Set-up
+
+
+def test_the_log_says_which_arbiter_it_is_and_what_cannot_hold() -> None:
+    with gunicorn_with(APP, dirty_graceful_timeout=9, graceful_timeout=5) as gunicorn:
+        gunicorn.wait_log(r"gunicorn_dirty_gevent \d.*: 1 dirty workers, up to 4 calls at once in each")
+        gunicorn.wait_log(r"\[WARNING\] dirty_graceful_timeout \(9 s\) is above graceful_timeout \(5 s\)")
+
+
+LATE = """
+@route("/install")
+def late(environ, query):
+    import gunicorn_dirty_gevent
+    gunicorn_dirty_gevent.install()
+    return "installed"
+"""
+
+
+@pytest.mark.parametrize("install", [OURS, STOCK], ids=["ours", "stock"])
+def test_install_in_a_view_is_too_late(install: str) -> None:
+    settings = {"dirty_apps": [APP], "dirty_workers": 1}
+    leftovers = ["gunicorn-dirty-*"] if install == STOCK else []
+    with Gunicorn(app_source(LATE), TASKS, settings, install=install, leftovers=leftovers) as gunicorn:
+        gunicorn.wait_log("Initialized dirty app")
+        assert gunicorn.get("/install").text == "installed"
+        assert ("install() comes too late" in gunicorn.log_text()) == (install == STOCK)
+
+
+def test_a_class_that_is_no_dirty_app() -> None:
+    source = TASKS + "\n\nclass Plain:\n    def echo(self, value):\n        return value\n"
+    with Gunicorn(app_source(), source, {"dirty_apps": ["tasks:Plain"], "dirty_workers": 1}) as gunicorn:
+        said = failure(ask(gunicorn, "tasks:Plain", "echo", 1), "DirtyAppError")
+        assert said.attrs["message"] == (
+            "the app failed to load: tasks:Plain is missing required method: init; "
+            "does it inherit from DirtyApp?"
+        )
+
+
+@pytest.mark.parametrize("written", ["@action", "@action(1)"])
+def test_action_without_its_parentheses_or_names(written: str) -> None:
+    source = TASKS.replace("@action(timeout=0.3)", written)
+    with Gunicorn(app_source(), source, {"dirty_apps": [APP], "dirty_workers": 1}) as gunicorn:
+        said = failure(ask(gunicorn, APP, "echo"), "DirtyAppError")
+        assert "action is written with parentheses and names: @action(timeout=5)" in said.message
+
+
+ASYNC = """
+@route("/coroutine")
+def coroutine(environ, query):
+    import asyncio
+
+    async def view():
+        client = get_dirty_client()
+        return [client.execute("tasks:App", "echo", 1), client.execute("tasks:App", "echo", 2)]
+
+    return asyncio.run(view())
+"""
+
+
+def test_a_call_that_blocks_an_event_loop_is_told_once() -> None:
+    settings = {"dirty_apps": [APP], "dirty_workers": 1}
+    with Gunicorn(app_source(ASYNC), TASKS, settings, worker_class="gthread") as gunicorn:
+        assert ask(gunicorn, APP, "echo", 1) == 1
+        assert "RuntimeWarning" not in gunicorn.log_text(), "a view that is no coroutine waits as it should"
+        for _ in range(2):
+            assert gunicorn.get("/coroutine").json() == [1, 2]
+        told = re.findall(r".*RuntimeWarning: a dirty call in a coroutine.*", gunicorn.log_text())
+        assert len(told) == 1 and "app.py" in told[0].split(":")[0]
+
+
+def test_new_settings_with_broken_code_are_told_for_what_they_are() -> None:
+    """The old arbiter does not try the new code: its successor has other settings."""
+    with gunicorn_with(APP) as gunicorn:
+        wait_ready(gunicorn, 1)
+        config = gunicorn.dir / "gunicorn.conf.py"
+        config.write_text(config.read_text() + "\ndirty_threads = 2\n")
+        gunicorn.write("tasks.py", "no Python")
+        mark = gunicorn.mark()
+        gunicorn.kill(gunicorn.master_pid, signal.SIGHUP)
+        gunicorn.wait_log("Dirty settings have changed: replacing the dirty arbiter", since=mark)
+        gunicorn.wait_log(r"Dirty worker failed to boot \(pid:\d+\): none of its apps loaded", since=mark)
+        said = failure(ask(gunicorn, APP, "echo"), "DirtyAppError")
+        assert "the app failed to load: invalid syntax" in said.message
+        log = gunicorn.log_since(mark)
+        assert "Reload failed" not in log and "Reloading dirty workers" not in log
+        assert log.index("Spawned dirty arbiter") < log.index("Failed to initialize dirty app")
+        gunicorn.write("tasks.py", TASKS)
+        gunicorn.wait_log("Dirty worker ready", 20, since=mark)
+        assert ask(gunicorn, APP, "echo") == "nothing"
