@@ -318,7 +318,10 @@ def test_overload_is_503_and_a_late_call_504(framework: Gunicorn) -> None:
     assert seen[504].text == "took too long"
 
 
-FUNCTIONS = ("calling-functions", "calling-options", "calling-futures", "calling-again")
+FUNCTIONS = (
+    *("calling-functions", "calling-options", "calling-futures", "calling-again"),
+    "calling-first-chunk",
+)
 
 FUNCTION_VIEWS = """
     import json
@@ -342,8 +345,25 @@ def test_the_functions_that_call() -> None:
         for name in ("words", "patient_words"):
             assert server.get(f'/do?name={name}&arg="a+bb"').json() == ["a", "bb"]
         assert server.get('/do?name=summaries&arg=["a+bb","c"]').json() == [two, {"words": 1, "longest": "c"}]
+        assert server.get('/do?name=started_words&arg="a+bb"').json() == ["a", "bb"]
+        assert server.get('/do?name=started_words&arg=""').json() == []
+        assert server.get("/do?name=started_words&arg=5").json()["error"] == "DirtyAppError"
         late = server.get('/do?name=quick_summary&arg="hold"', SLOW).json()
         assert late["error"] == "DirtyTimeoutError"
+
+
+def test_a_stream_that_is_taken_on_first_raises_before_the_answer() -> None:
+    namespace: dict[str, Any] = {}
+    exec(code(*FUNCTIONS), namespace)
+
+    class Full:
+        def stream(self, *args: Any) -> Iterator[str]:
+            raise DirtyOverloadedError("full")
+            yield
+
+    namespace["get_dirty_client"] = Full
+    with pytest.raises(DirtyOverloadedError):
+        namespace["started_words"]("x")  # not at the first next() of what it returns
 
 
 class Failing:
@@ -396,9 +416,9 @@ def test_the_tests_of_views_pass_without_gunicorn(tmp_path: Path) -> None:
         "tasks.py": code("calling-tasks"),
         "test_app.py": code("calling-test"),
     }
-    assert "2 passed" in run_pytest(tmp_path, files)
+    assert "3 passed" in run_pytest(tmp_path, files)
     files["app.py"] = files["app.py"].replace("503", "500")
-    assert "1 failed, 1 passed" in run_pytest(tmp_path, files)
+    assert "1 failed, 2 passed" in run_pytest(tmp_path, files)
 
 
 # -- all of it -------------------------------------------------------------------------------------
