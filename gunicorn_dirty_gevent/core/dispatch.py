@@ -236,7 +236,8 @@ class Dispatcher:
         self._faults: dict[str, Fault] = {}
         self._unready: dict[str, str] = {}
         self._clients: dict[Any, dict[int, Call]] = {}
-        self._workers: dict[int, Worker] = {}
+        self._workers: OrderedDict[int, Worker] = OrderedDict()
+        """The one to be preferred is the last: see `_free_worker`."""
         self._deadlines: Deadlines[Call] = Deadlines()
         self._stopped = ""  # why, once nothing runs any more
 
@@ -355,6 +356,7 @@ class Dispatcher:
     ) -> list[Action]:
         """A worker takes calls for `apps`, `slots` at once, and is `Worn` after `max_calls` (0: never)."""
         ready = self._workers[worker] = Worker(worker, pid, apps, slots, max_calls)
+        self._workers.move_to_end(worker, last=False)
         for app in apps:
             self._faults.pop(app, None)
             self._unready.pop(app, None)
@@ -404,6 +406,8 @@ class Dispatcher:
             call.answered = True
             return [Reply(call.client, kind, call.client_id, payload)]
         del known.running[call_id]
+        if kind == wire.ERROR:
+            self._workers.move_to_end(worker, last=False)
         self._deadlines.drop(call)
         call.state = State.ENDED
         actions: list[Action] = []
@@ -590,26 +594,34 @@ class Dispatcher:
 
     def _free_worker(self, app: str, now: float, pings: list[Action]) -> Worker | None:
         """The least loaded worker with the app and a free slot; one that is silent comes last, and is
-        asked in `pings` whether its hub runs."""
+        asked in `pings` whether its hub runs.
+
+        Of idle ones, the last that was given a call: its memory is in the caches, which of 64 workers in
+        turn would be no one's. (But not one whose last call failed: if it fails every call at once, it must
+        not get them all.) Of equally busy ones, that which was given one longest ago.
+        """
         best: Worker | None = None
         least = (True, -1)
+        asked: list[Worker] = []
         several = len(self._workers) > 1
-        for worker in self._workers.values():
+        for worker in reversed(self._workers.values()):
             load = len(worker.running)
             if worker.draining or load >= worker.slots or app not in worker.apps:
                 continue
             if not load:  # none is better, and of many workers one mostly is
                 best = worker
+                asked.clear()
                 break
             silent = several and now - worker.heard > SILENCE
             if silent and not worker.pinged:
-                worker.pinged = True
-                pings.append(Forward(worker.key, wire.PING, 0, b""))
-            if best is None or (silent, load) < least:
+                asked.append(worker)
+            if best is None or (silent, load) <= least:
                 best, least = worker, (silent, load)
+        for worker in asked:
+            worker.pinged = True
+            pings.append(Forward(worker.key, wire.PING, 0, b""))
         if best is not None and several:
-            # To the end of the line, so that equally loaded workers take turns.
-            self._workers[best.key] = self._workers.pop(best.key)
+            self._workers.move_to_end(best.key)
         return best
 
     def _assign(self, call: Call, worker: Worker, now: float) -> list[Action]:

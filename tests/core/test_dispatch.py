@@ -132,16 +132,40 @@ def test_the_least_loaded_worker_gets_the_call():
     )
 
 
-def test_equally_loaded_workers_take_turns():
+def one_at_a_time(dispatcher, answers):
+    """Who gets each of some calls, one after the other, that end with these kinds."""
+    order = []
+    for number, kind in enumerate(answers):
+        (assign,) = dispatcher.submit("c", number, request(), 0.0)
+        order.append(assign.worker)
+        dispatcher.frame_from_worker(assign.worker, kind, assign.call_id, b"", 0.0)
+    return order
+
+
+def three_workers():
     dispatcher = Dispatcher(["a"], LIMITS)
     for worker in (1, 2, 3):
         dispatcher.worker_ready(worker, *ready(slots=5), 0.0)
-    order = []
-    for number in range(9):  # one call at a time
-        (assign,) = dispatcher.submit("c", number, request(), 0.0)
-        order.append(assign.worker)
-        dispatcher.frame_from_worker(assign.worker, wire.RESPONSE, assign.call_id, b"", 0.0)
-    assert order == [1, 2, 3] * 3
+    return dispatcher
+
+
+def test_an_idle_worker_that_was_used_last_is_used_again():
+    dispatcher = three_workers()
+    assert len(set(one_at_a_time(dispatcher, [wire.RESPONSE, wire.END] * 3))) == 1
+
+
+def test_a_worker_that_fails_every_call_at_once_does_not_get_them_all():
+    assert sorted(one_at_a_time(three_workers(), [wire.ERROR] * 6)) == [1, 1, 2, 2, 3, 3]
+    dispatcher = three_workers()
+    (bad, *others) = one_at_a_time(dispatcher, [wire.ERROR, *[wire.RESPONSE] * 8])
+    assert len(set(others)) == 1 and bad not in others
+
+
+def test_equally_busy_workers_take_turns():
+    dispatcher = three_workers()
+    order = [dispatcher.submit("c", number, request(), 0.0)[0].worker for number in range(9)]
+    assert sorted(order[:3]) == sorted(order[3:6]) == sorted(order[6:]) == [1, 2, 3]
+    assert order[3:6] == order[6:]
 
 
 def test_only_workers_that_have_the_app():
@@ -968,7 +992,7 @@ def test_all_silent_workers_are_asked_and_the_least_loaded_is_taken():
             (
                 LATER,
                 ("submit", "c", 4, request()),
-                ["forward w2#0 PING", "forward w1#0 PING", "assign w2#2 go 10"],
+                ["forward w1#0 PING", "forward w2#0 PING", "assign w2#2 go 10"],
             ),
         )
     )
@@ -978,7 +1002,7 @@ def test_an_idle_worker_is_not_silent():
     play(
         two(
             (1, ("frame_from_worker", 1, wire.RESPONSE, 1, b""), ["reply c#1 RESPONSE"]),
-            (9, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
-            (9, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
+            (9, ("submit", "c", 2, request()), ["assign w1#2 go 10"]),
+            (9, ("submit", "c", 3, request()), ["assign w2#1 go 10"]),
         )
     )
