@@ -83,10 +83,13 @@ class Runner(gevent.Greenlet):  # type: ignore[type-arg]
     def _run(self) -> None:
         while self.task is not None:
             task = self.task
-            task.run(self)
+            answer = task.run(self)
+            # Before it is sent: sending leaves a callback for the end of the hub's turn.
+            clean = self._is_clean()
+            task.answer(*answer)
             self.task = None
-            del task
-            if not self._is_clean():
+            del task, answer
+            if not clean:
                 return
             self.spare = True
             self._hub.switch()
@@ -160,8 +163,8 @@ class Task:
 
     # In the runner.
 
-    def run(self, runner: Runner) -> None:
-        """Run the request to its end. Raises nothing."""
+    def run(self, runner: Runner) -> tuple[int, Answer]:
+        """Run the request to its end; the last frame. Raises nothing."""
         self._runner = runner
         try:
             kind, payload = self._perform()
@@ -176,6 +179,10 @@ class Task:
             kind, payload = wire.ERROR, self._encode_fault(fault)
         finally:
             self._host.ended(self)
+        return kind, payload
+
+    def answer(self, kind: int, payload: Answer) -> None:
+        """Send the last frame."""
         self._host.send(kind, self.call_id, payload)
 
     def _perform(self) -> tuple[int, Answer]:
