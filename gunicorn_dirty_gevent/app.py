@@ -107,14 +107,12 @@ def describe_error(error: BaseException) -> str:
 def misfit(error: TypeError, app: DirtyApp, action: str, arguments: Arguments) -> str | None:
     """Advice, perhaps empty, when an action could not be called with these arguments; None when it may
     have begun to run."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    # Two witnesses: a decorator has frames of its own, and a function written in C has none.
-    if last is None or last.tb_frame.f_code.co_filename != _GUNICORN_APP:
+    # Two witnesses: the app's own code, a decorator included, has frames; a function written in C has none.
+    frames = traceback.walk_tb(error.__traceback__)
+    if not all(is_ours(frame.f_code.co_filename) for frame, _ in frames):
         return None
     args, kwargs = arguments
-    method = getattr(app, action)
+    method: Any = getattr(app, action, None)
     if _fits(method, args, kwargs):
         return None
     rest = {name: value for name, value in kwargs.items() if name != "timeout"}
@@ -125,11 +123,13 @@ def misfit(error: TypeError, app: DirtyApp, action: str, arguments: Arguments) -
 
 def _fits(method: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     try:
-        inspect.signature(method).bind(*args, **kwargs)
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # it has none
+        return True
+    try:
+        signature.bind(*args, **kwargs)
     except TypeError:
         return False
-    except ValueError:  # it has no signature
-        return True
     return True
 
 

@@ -67,10 +67,6 @@ class DirtyArbiter:
         self.num_workers: int = cfg.dirty_workers
         self._workers: dict[int, DirtyWorker] = {}
         self._app_specs: dict[str, dict[str, Any]] = {}
-        if cfg.dirty_threads < 1:
-            raise ValueError(
-                "dirty_threads is 0, so no dirty worker could take a call: it is how many each runs at once"
-            )
         for spec in cfg.dirty_apps:
             path, count = parse_dirty_app_spec(spec)
             self._app_specs[path] = {"import_path": path, "worker_count": count, "original_spec": spec}
@@ -125,6 +121,8 @@ class DirtyArbiter:
             self.log.exception(message, self.pid, START_PAUSE)
             # The master spawns the next one at once: without a pause, dozens a second.
             monkey.get_original("time", "sleep")(START_PAUSE)
+            if os.getppid() != self.ppid:
+                self._listener.remove()
             raise SystemExit(process.EXIT_ERROR) from None
         try:
             self._supervise()
@@ -137,6 +135,9 @@ class DirtyArbiter:
     def _start(self) -> None:
         """Everything until clients are accepted."""
         self.pid = os.getpid()
+        if self.cfg.dirty_threads < 1:
+            # Not in the master: a reload with this setting would end all of gunicorn.
+            raise ValueError("dirty_threads is 0: it is how many calls each dirty worker runs at once")
         self.log.info("Dirty arbiter starting (pid: %s)", self.pid)
         # Bodies in descriptors are not counted: where few are left, they are read (`blob.RESERVE`).
         needed = BASE_DESCRIPTORS + self.cfg.dirty_workers + DESCRIPTORS_PER_TASK * self.cfg.dirty_threads
@@ -286,7 +287,8 @@ class DirtyArbiter:
             self._router.refuse_all(self._stop_why)
             self._pool.quit(now)
         elif not self._awaits_calls(now) and self._router.dispatcher.idle:
-            self._router.refuse_all("gunicorn stops")  # whatever comes now would wait for nobody
+            # Whatever comes now would wait for nobody.
+            self._router.refuse_all("gunicorn stops" if self._listener.stop_announced() else "it is replaced")
             self._pool.stop()
         return self._pool.empty and self._router.dispatcher.idle
 

@@ -10,7 +10,7 @@ from .codecs import CODECS
 from .core import dialects, faults, wire
 from .core.stash import Stash
 from .journal import Journal
-from .stash_desk import Refusal, StashDesk
+from .stash_desk import Refusal, StashDesk, unanswerable
 
 MAX_CHANGE = 64
 """Workers that one MANAGE message may add or remove: a slip of the finger should not fork a million."""
@@ -54,9 +54,7 @@ class Desk:
         except Refusal:
             raise
         except Exception as error:
-            # Whatever is wrong with the message costs its sender an error, nobody else anything.
-            message_fault = faults.protocol(f"the message cannot be answered: {error!r}", may_have_run=False)
-            raise Refusal(message_fault) from error
+            raise unanswerable(error) from error
 
     # The workers.
 

@@ -13,7 +13,6 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -58,8 +57,9 @@ def install(*, arbiter: bool = True, **options: float) -> None:
     _with_arbiter = arbiter
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-        if arbiter and _TARGET in sys.modules and "GUNICORN_DIRTY_SOCKET" in os.environ:
-            # (A master that USR2 has started has that variable too, but no such module yet.)
+        client = sys.modules.get("gunicorn.dirty.client")
+        if arbiter and getattr(client, "_dirty_socket_path", None) is not None:
+            # Set by a master that has spawned its arbiter, so here or in a process that it forked.
             _say_too_late()
         if _EVENTLET in sys.modules:
             _load_gevent(sys.modules[_EVENTLET])

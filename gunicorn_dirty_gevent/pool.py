@@ -109,8 +109,8 @@ class Pool:
 
     def tell_cut_off(self, why: str) -> None:
         """Log what a stop is going to cost."""
-        running_on = self._router.dispatcher.running_on
-        lost = [call for key in self._members for call in running_on(key)]
+        dispatcher = self._router.dispatcher
+        lost = [call for key in self._members for call in dispatcher.running_on(key, awaited=True)]
         if lost:
             self._log.warning("Cutting off dirty calls, %s: %s", why, _named(lost))
 

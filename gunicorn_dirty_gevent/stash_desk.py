@@ -23,6 +23,11 @@ class Refusal(Exception):
         self.fault = fault
 
 
+def unanswerable(error: Exception) -> Refusal:
+    """Whatever is wrong with a message costs its sender an error, nobody else anything."""
+    return Refusal(faults.protocol(f"the message cannot be answered: {error!r}", may_have_run=False))
+
+
 class StashDesk:
     """Serves a stash: each message one operation, answered in its own encoding."""
 
@@ -48,6 +53,14 @@ class StashDesk:
 
     def answer(self, message: dict[str, Any], codec: int) -> bytes:
         """The encoded result. Raises `Refusal`."""
+        try:
+            return self._answer(message, codec)
+        except Refusal:
+            raise
+        except Exception as error:
+            raise unanswerable(error) from error
+
+    def _answer(self, message: dict[str, Any], codec: int) -> bytes:
         operation = message["op"]
         if operation not in self._operations:
             raise Refusal(faults.protocol(f"Unknown stash operation: {operation}", may_have_run=False))

@@ -6,6 +6,7 @@ import contextvars
 import inspect
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -59,7 +60,8 @@ class Runner(gevent.Greenlet):  # type: ignore[type-arg]
     A new greenlet costs 15 of the 28 us that a small call takes in a worker (CPython maps memory for
     its stack), so one that comes back without having waited for anything is kept for the next task.
     One that has waited is not: whoever learned of it meanwhile (a timeout, a `kill`) means the task
-    it ran then. Nor is one that a task has left something on: a timer, a greenlet-local value.
+    it ran then. Nor is one that a task has left something on (a timer, a greenlet-local value), or that
+    its code keeps a reference to.
     """
 
     def __init__(self) -> None:
@@ -83,9 +85,11 @@ class Runner(gevent.Greenlet):  # type: ignore[type-arg]
     def _run(self) -> None:
         while self.task is not None:
             task = self.task
+            known = self._references()
             answer = task.run(self)
-            # Before it is sent: sending leaves a callback for the end of the hub's turn.
-            clean = self._is_clean()
+            # Before it is sent: sending leaves a callback for the end of the hub's turn. The task knows us by
+            # now; who else does, may have use for us as the greenlet of this call.
+            clean = self._is_clean() and self._references() == known + 1
             task.answer(*answer)
             self.task = None
             del task, answer
@@ -93,6 +97,9 @@ class Runner(gevent.Greenlet):  # type: ignore[type-arg]
                 return
             self.spare = True
             self._hub.switch()
+
+    def _references(self) -> int:
+        return sys.getrefcount(self)
 
     def _is_clean(self) -> bool:
         # Other loops than libev's own do not count what is active.
@@ -128,16 +135,12 @@ class Task:
         """The caller has gone away: end the action; its `finally` blocks run."""
         # The runner has waited by now (else the hub would not run), so it takes no other task.
         self._cancelled = True
-        self._kill()
-
-    def cut_off(self) -> None:
-        """The worker quits: end the action in the same way, but its caller waits for an answer."""
-        self._cut_off = True
-        self._kill()
-
-    def _kill(self) -> None:
         if self._runner is not None:
             self._runner.kill(block=False)
+
+    def cut_off(self) -> None:
+        """The worker quits, and is going to kill all its runners: the caller waits for an answer."""
+        self._cut_off = True
 
     def add_credit(self, amount: int) -> None:
         self._credit += amount
@@ -223,7 +226,7 @@ class Task:
             raise _Refused(faults.app_unknown(self.request.app, list(self._host.apps)))
         return traits.actions.get(self.request.action, traits.default)
 
-    def _expose(self, code: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _expose(self, code: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the app's code; only in here may the watchdog interrupt."""
         try:
             self._exposed = True
@@ -317,7 +320,7 @@ class Task:
             self._credit_came.clear()
             remaining = self._remaining()
             if not self._credit_came.wait(None if math.isinf(remaining) else max(remaining, 0.0)):
-                raise _Refused(self._timed_out(self.request.budget))
+                raise _Refused(self._callers_time_over(self.request.budget))
 
     # What is sent.
 
@@ -369,10 +372,16 @@ class Task:
 
     def _timed_out(self, seconds: float | None) -> Fault:
         request = self.request
-        seconds = math.inf if seconds is None else seconds
-        own_limit = seconds >= self._limit
-        if own_limit:
-            message = "Execution timeout for %s.%s after %gs"
-            self._host.log.warning(message, request.app, request.action, seconds)
-        whose = self._whose if own_limit else faults.CALLERS_TIME
-        return faults.stopped_by_timeout(request.app, request.action, seconds, int(self._host.pid), whose)
+        if seconds is None or seconds < self._limit:
+            return self._callers_time_over(math.inf if seconds is None else seconds)
+        message = "Execution timeout for %s.%s after %gs"
+        self._host.log.warning(message, request.app, request.action, seconds)
+        return self._stopped(seconds, self._whose)
+
+    def _callers_time_over(self, seconds: float) -> Fault:
+        return self._stopped(seconds, faults.CALLERS_TIME)
+
+    def _stopped(self, seconds: float, whose: str) -> Fault:
+        request = self.request
+        pid = int(self._host.pid)
+        return faults.stopped_by_timeout(request.app, request.action, seconds, pid, whose)

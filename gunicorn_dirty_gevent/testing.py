@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,11 +51,13 @@ class _LocalClient(StashClient):
     def __init__(self) -> None:
         super().__init__("local_stash()")
         self._desk = StashDesk(Stash(settings.current.stash_size))
+        self._lock = threading.Lock()  # one operation is one step, as in the arbiter
 
     def _carry(self, call: Call) -> None:
         try:
             assert isinstance(call.body, bytes)
-            answer = self._desk.answer(values.loads(call.body), wire.CODEC_MSGPACK)
+            with self._lock:
+                answer = self._desk.answer(values.loads(call.body), wire.CODEC_MSGPACK)
         except Refusal as refusal:
             call.fault = refusal.fault
         else:

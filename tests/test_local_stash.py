@@ -54,12 +54,17 @@ def test_errors_are_the_arbiters(monkeypatch: pytest.MonkeyPatch) -> None:
             stash.put("some", "key", object())
         with pytest.raises(stash.StashError, match="the stash is full"):
             stash.put("some", "key", b"x" * 2000)
+        for wrong in (lambda: stash.put("some", [1], 2), lambda: stash.incr("some", "n", amount="x")):  # type: ignore[arg-type]
+            with pytest.raises(stash.StashError, match="cannot be answered: TypeError"):
+                wrong()
         stash.put("some", "key", "no number")
         with pytest.raises(stash.StashError, match="cannot be incremented"):
             stash.incr("some", "key")
 
 
-def test_it_is_gone_afterwards() -> None:
+def test_it_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GUNICORN_DIRTY_SOCKET", raising=False)
+    monkeypatch.setattr(stock, "_stash_socket_path", None)
     for _ in range(2):
         with local_stash():
             assert stash.tables() == []

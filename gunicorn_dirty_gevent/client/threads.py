@@ -20,7 +20,7 @@ from .stock import StockChannel, probe
 READ_SIZE = 262144
 """Bytes per read, as in `gunicorn_dirty_gevent.link`."""
 
-_HERE = os.path.dirname(__file__)
+_HERE = os.path.dirname(os.path.dirname(__file__))
 
 _warned = False
 
@@ -188,16 +188,18 @@ class ThreadChannel:
 def _warn_in_coroutine() -> None:
     """Once, where a wait blocks an event loop. (eventlet's hub may be one: it waits there as it should.)"""
     global _warned
-    asyncio = sys.modules.get("asyncio")
-    if _warned or asyncio is None or "eventlet" in sys.modules or asyncio._get_running_loop() is None:
+    running = getattr(
+        sys.modules.get("asyncio"), "_get_running_loop", None
+    )  # where it has been imported whole
+    if _warned or running is None or "eventlet" in sys.modules or running() is None:
         return
     _warned = True
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
         frame, level = frame.f_back, level + 1
     warnings.warn(
-        "a dirty call in a coroutine keeps its event loop from running until the answer is there: await "
-        "execute_async(), or use stream_async()",
+        "a dirty call in a coroutine keeps its event loop from running until the answer is there: use "
+        "execute_async(), stream_async() and, for the stash, stash.client().aget() and its like",
         RuntimeWarning,
         stacklevel=level,
     )

@@ -256,10 +256,12 @@ class Dispatcher:
         """No caller waits for anything."""
         return not any(self._clients.values())
 
-    def running_on(self, worker: int) -> list[tuple[str, str]]:
-        """App and action of what a worker is running."""
+    def running_on(self, worker: int, *, awaited: bool = False) -> list[tuple[str, str]]:
+        """App and action of what a worker is running; `awaited`: of that which a caller waits for."""
         known = self._workers.get(worker)
-        return [(c.request.app, c.request.action) for c in known.running.values()] if known else []
+        calls = known.running.values() if known else ()
+        wanted = [call.request for call in calls if not awaited or call.state is State.RUNNING]
+        return [(request.app, request.action) for request in wanted]
 
     # Events from clients.
 
@@ -406,7 +408,8 @@ class Dispatcher:
             call.answered = True
             return [Reply(call.client, kind, call.client_id, payload)]
         del known.running[call_id]
-        if kind == wire.ERROR:
+        if (kind == wire.ERROR or not wanted) and not known.running:
+            # Of busy ones the cold end comes first, so there it is not sent.
             self._workers.move_to_end(worker, last=False)
         self._deadlines.drop(call)
         call.state = State.ENDED
@@ -539,7 +542,8 @@ class Dispatcher:
             return [*([self._answer(call, stuck)] if waits else []), Kill(worker.key, why)]
         if waits and call.deadline + REPLY_GRACE <= now:
             ran, blocks = now - call.enqueued, self._blocks(call, now)
-            first = f"{blocks.request.app}.{blocks.request.action}" if blocks else None
+            held = blocks is not None and not call.answered
+            first = f"{blocks.request.app}.{blocks.request.action}" if blocks and held else None
             late = faults.run_timeout(request.app, request.action, ran, worker.pid, first)
             return [self._answer(call, late), *self._abandon(call, now)]
         self._watch(call)
@@ -597,8 +601,9 @@ class Dispatcher:
         asked in `pings` whether its hub runs.
 
         Of idle ones, the last that was given a call: its memory is in the caches, which of 64 workers in
-        turn would be no one's. (But not one whose last call failed: if it fails every call at once, it must
-        not get them all.) Of equally busy ones, that which was given one longest ago.
+        turn would be no one's. (But not one whose last call failed or was given up by its caller: if it
+        fails every call, it must not get them all.) Of equally busy ones, that which was given one longest
+        ago.
         """
         best: Worker | None = None
         least = (True, -1)

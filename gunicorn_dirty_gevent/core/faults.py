@@ -101,8 +101,8 @@ def no_answer(app: str, action: str, timeout: float | None, socket_path: str, *,
         told = "the request was sent, so the call may have run; the dirty arbiter did not answer"
     else:
         told = (
-            f"nothing accepts connections at {socket_path}, so the call has not run; gunicorn's log says "
-            "what became of the dirty arbiter"
+            f"there was no connection to the dirty arbiter at {socket_path}, so the call has not run; "
+            "gunicorn's log says what became of it"
         )
     return fault(
         "DirtyTimeoutError",
@@ -116,7 +116,7 @@ def no_answer(app: str, action: str, timeout: float | None, socket_path: str, *,
 
 
 def idle_stream(app: str, action: str, idle: float, *, sent: bool, option: str) -> Fault:
-    told = "it has been stopped" if sent else "it has not run"
+    told = "it is told to stop" if sent else "it has not run"
     return fault(
         "DirtyTimeoutError",
         f"no chunk from {app}.{action} for {idle:.3g} s ({option}); {told}",

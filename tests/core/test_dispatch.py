@@ -161,6 +161,30 @@ def test_a_worker_that_fails_every_call_at_once_does_not_get_them_all():
     assert len(set(others)) == 1 and bad not in others
 
 
+def test_nor_does_one_that_fails_them_beside_others():
+    dispatcher = three_workers()
+    for number in (101, 102, 103):  # one long call in each
+        dispatcher.submit("c", number, request(), 0.0)
+    order = []
+    for number in range(30):
+        (assign,) = dispatcher.submit("c", number, request(), 0.0)
+        order.append(assign.worker)
+        kind = wire.ERROR if assign.worker == 1 else wire.RESPONSE
+        dispatcher.frame_from_worker(assign.worker, kind, assign.call_id, b"", 0.0)
+    assert order.count(1) <= 11
+
+
+def test_nor_does_one_whose_calls_are_given_up():
+    dispatcher = three_workers()
+    order = []
+    for number in range(6):
+        (assign,) = dispatcher.submit("c", number, request(), 0.0)
+        order.append(assign.worker)
+        dispatcher.cancel("c", number, 0.0)
+        dispatcher.frame_from_worker(assign.worker, wire.END, assign.call_id, b"", 0.0)
+    assert sorted(order) == [1, 1, 2, 2, 3, 3]
+
+
 def test_equally_busy_workers_take_turns():
     dispatcher = three_workers()
     order = [dispatcher.submit("c", number, request(), 0.0)[0].worker for number in range(9)]

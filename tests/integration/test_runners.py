@@ -11,6 +11,7 @@ from support.gunicorn import Gunicorn
 APP = "tasks:App"
 
 TASKS = """
+import weakref
 import gevent
 import gevent.local
 from gunicorn.dirty import DirtyApp
@@ -19,20 +20,18 @@ from gunicorn.dirty import DirtyApp
 class App(DirtyApp):
     def init(self):
         self.seen = []
+        self.last = None
         self.local = gevent.local.local()
 
     def which(self):
         me = gevent.getcurrent()
-        if not any(me is other for other in self.seen):
-            self.seen.append(me)
-        return next(number for number, other in enumerate(self.seen) if me is other)
+        if not any(me is other() for other in self.seen):
+            self.seen.append(weakref.ref(me))
+        return next(number for number, other in enumerate(self.seen) if me is other())
 
     def rest(self, seconds):
         gevent.sleep(seconds)
         return self.which()
-
-    def fail(self):
-        raise ValueError(self.which())
 
     def leave_timer(self):
         gevent.Timeout(0.2).start()
@@ -44,6 +43,13 @@ class App(DirtyApp):
 
     def leave_local(self):
         self.local.left = "mine"
+        return self.which()
+
+    def stop_the_last(self):
+        # As a search box may: a new question ends the one before.
+        last, self.last = self.last, gevent.getcurrent()
+        if last is not None:
+            last.kill()
         return self.which()
 
     def find_local(self):
@@ -62,6 +68,10 @@ def pool() -> Iterator[Gunicorn]:
 def test_quick_calls_one_after_the_other_share_a_greenlet(pool: Gunicorn) -> None:
     """Each new greenlet costs more than all else that a worker does for such a call."""
     assert len({ask(pool, APP, "which") for _ in range(10)}) == 1
+
+
+def test_a_greenlet_that_its_code_remembers_is_that_calls_only(pool: Gunicorn) -> None:
+    assert all(isinstance(ask(pool, APP, "stop_the_last"), int) for _ in range(4))
 
 
 def test_quick_calls_at_once_do_too(pool: Gunicorn) -> None:

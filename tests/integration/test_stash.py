@@ -394,7 +394,7 @@ def test_it_outlives_a_killed_arbiter() -> None:
             for sig in (signal.SIGKILL, signal.SIGTERM):
                 mark = server.mark()
                 server.kill(server.dirty_arbiter_pid(), sig)
-                server.wait_log(r"Restored the stash: \d+ tables", 20, since=mark)
+                server.wait_log(r"Restored the stash \(tables: \d+\)", 20, since=mark)
                 assert stash.get("t", "k") == {"kept": (1, 2)}
                 assert not stash.exists("t", "short")
                 assert stash.incr("t", "n") == (8 if sig == signal.SIGKILL else 9)
