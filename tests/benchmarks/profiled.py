@@ -52,12 +52,31 @@ def two_hundred(caller: Caller, seconds: float) -> int:
     return sum(greenlet.value for greenlet in greenlets)
 
 
+def twenty_streams(caller: Caller, seconds: float) -> int:
+    """Counts chunks; each goes on to a browser, so others get their turn."""
+    assert caller.stream is not None
+    make, end = caller.stream, time.perf_counter() + seconds
+
+    def read(tag: int) -> int:
+        count = 0
+        while time.perf_counter() < end:
+            for _chunk in make("items", tag, 500, 0):
+                count += 1
+                gevent.sleep(0)
+        return count
+
+    greenlets = [gevent.spawn(read, tag) for tag in range(20)]
+    gevent.joinall(greenlets, raise_error=True)
+    return sum(greenlet.value for greenlet in greenlets)
+
+
 LOADS: dict[str, Load] = {
     "seq": one_by_one("add", 1, 2),
     "greenlets": two_hundred,
     "mib": one_by_one("echo", MIB),
     "mib64": one_by_one("echo", bytes(64 << 20)),
     "list": one_by_one("echo", list(range(10_000))),
+    "chunks": twenty_streams,
 }
 
 
