@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import select
 import signal
 import statistics
 import sys
@@ -41,6 +42,10 @@ from contestants import CONTESTANTS, child, start
 from rows import METRICS, ROWS
 
 Values = dict[str, dict[str, list[float]]]  # metric -> contestant -> one value per round
+
+ROW_SECONDS = 60
+"""Three times what the slowest row takes. (The executor's hub may block in a write to a worker that itself
+waits for its result to be read.)"""
 
 PACKAGES = ("gunicorn-dirty-gevent", "gunicorn", "gevent", "ormsgpack", "zerorpc")
 
@@ -93,8 +98,12 @@ def start_client(stack: ExitStack, name: str, quick: bool) -> Callable[[str], di
         process = clients[-1]
         assert process.stdin is not None and process.stdout is not None
         print(row, file=process.stdin, flush=True)
-        line = process.stdout.readline()
-        answer = json.loads(line) if line else {"error": "its client process ended"}
+        if select.select([process.stdout], [], [], ROW_SECONDS)[0]:
+            line = process.stdout.readline()
+            answer = json.loads(line) if line else {"error": "its client process ended"}
+        else:
+            process.kill()
+            answer = {"error": f"its client process stood still: not done after {ROW_SECONDS} s"}
         if "error" in answer:
             # The client ends with its first error; the next row is measured by another.
             clients.append(stack.enter_context(child(command)))
