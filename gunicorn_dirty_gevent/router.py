@@ -6,6 +6,7 @@ Nothing here blocks. What has to fork, log or call hooks is handed to the main g
 from __future__ import annotations
 
 import _socket
+import struct
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -35,6 +36,8 @@ ACCEPT_PAUSE = 0.5
 """Seconds without accepting after the process ran out of descriptors."""
 
 _ACCEPTS_PER_TURN = 64
+
+_CREDENTIALS = struct.Struct("3i")  # unix(7), SO_PEERCRED: pid, uid, gid
 
 
 class Supervisor(Protocol):
@@ -72,7 +75,7 @@ class Router:
         self._supervisor = supervisor
         self._options = options
         self._listener = listener.sock
-        self._clients: set[Link] = set()
+        self._clients: dict[Link, int] = {}  # and the pid of who connected
         self._workers: dict[int, Link] = {}
         self._owed: dict[Link, list[tuple[int, int]]] = {}  # credit, once the kernel has the chunks
         self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
@@ -191,7 +194,9 @@ class Router:
                 return
             sock = _socket.socket(fileno=number)
             opening = dialects.Opening(self._options.max_message_size)
-            self._clients.add(Link(sock, self._on_client_frames, self._on_client_close, opening))
+            peer = sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS.size)
+            link = Link(sock, self._on_client_frames, self._on_client_close, opening)
+            self._clients[link] = _CREDENTIALS.unpack(peer)[0]
 
     def _pause_accepting(self, error: OSError) -> None:
         """Out of descriptors, most likely: a readable listener would spin."""
@@ -227,13 +232,13 @@ class Router:
         self._wake_if_due()
 
     def _on_client_close(self, link: Link, reason: str) -> None:
-        self._clients.discard(link)
+        pid = self._clients.pop(link)
         self._leaving.discard(link)
         self._owed.pop(link, None)
         self.act(self.dispatcher.client_lost(link, time.monotonic()))
         if not reason.startswith(PEER_GONE):
-            message = "Dropped a dirty client: %s"
-            self._supervisor.soon(partial(self._supervisor.log.warning, message, reason))
+            message = "Dropped a dirty client (pid: %s): %s"
+            self._supervisor.soon(partial(self._supervisor.log.warning, message, pid, reason))
         self._wake_if_due()
 
     def _wake_if_due(self) -> None:

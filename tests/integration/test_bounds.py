@@ -336,7 +336,7 @@ def test_a_frame_over_the_limit_costs_its_connection(small: Gunicorn) -> None:
         bad.send(header)  # not a byte of it has to come
         assert bad.ended()
         assert good.ask(APP, "echo", 1) == 1
-    small.wait_log(rf"Dropped a dirty client: .*{MAX_MESSAGE} may be sent", since=mark)
+    small.wait_log(rf"Dropped a dirty client \(pid: \d+\): .*{MAX_MESSAGE} may be sent", since=mark)
 
 
 def test_64_mib_go_through_and_others_go_on(plain: Gunicorn) -> None:
@@ -479,12 +479,12 @@ def test_hostile_bytes_cost_their_connection_only(small: Gunicorn, what: str) ->
                 bad.send(HOSTILE[what])
             assert bad.ended()
         assert good.ask(APP, "echo", what) == what
-        small.wait_log("Dropped a dirty client: ", since=mark)
+        small.wait_log(rf"Dropped a dirty client \(pid: {os.getpid()}\): ", since=mark)
         wait_until(lambda: descriptors(small) == before, 5, "its descriptor to be closed", small.evidence)
         small.write(f"release-beside-{len(what)}", "")
         assert good.last_frames(1) == {1: f"beside-{len(what)}"}
         log = small.log_since(mark)
-        assert log.count("Dropped a dirty client: ") == 1
+        assert log.count("Dropped a dirty client ") == 1
         assert "Traceback" not in log
 
 

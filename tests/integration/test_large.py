@@ -258,7 +258,7 @@ def test_descriptors_that_are_no_bodies_cost_one_connection(pool: Gunicorn, kind
         assert ended(sock)
     for descriptor in given:
         os.close(descriptor)
-    pool.wait_log("Dropped a dirty client: protocol error: .*descriptor", since=mark)
+    pool.wait_log(r"Dropped a dirty client \(pid: \d+\): protocol error: .*descriptor", since=mark)
     assert ask(pool, APP, "echo", 5) == 5
     wait_until(lambda: len(os.listdir(f"/proc/{arbiter}/fd")) <= open_before, 10, "descriptors to be closed")
 
