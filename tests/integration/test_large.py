@@ -251,6 +251,7 @@ def descriptors(kind: str) -> list[int]:
 def test_descriptors_that_are_no_bodies_cost_one_connection(pool: Gunicorn, kind: str) -> None:
     mark = pool.mark()
     arbiter = pool.dirty_arbiter_pid()
+    assert ask(pool, APP, "echo", 4) == 4  # its HTTP worker is connected from here on
     open_before = len(os.listdir(f"/proc/{arbiter}/fd"))
     given = descriptors(kind)
     with connect(pool) as sock:
