@@ -16,7 +16,7 @@ from gunicorn.dirty.app import DirtyApp, load_dirty_app
 from gunicorn.dirty.errors import DirtyAppError, DirtyError
 
 from .codecs import Arguments
-from .core.dispatch import ActionTraits, AppTraits
+from .core.calls import ActionTraits, AppTraits
 from .core.faults import Fault, fault
 
 _HERE = os.path.dirname(__file__)

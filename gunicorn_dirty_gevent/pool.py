@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from . import process
-from .core import dispatch, roster
+from .core import roster
+from .core.calls import ActionTraits, AppTraits
 from .core.stash import StashFailure
 from .router import Router
 from .settings import Settings
@@ -328,6 +329,6 @@ def _named(calls: list[tuple[str, str]]) -> str:
     return f"{len(calls)} ({names})"
 
 
-def _traits(plain: dict[str, Any]) -> dispatch.AppTraits:
-    actions = {name: dispatch.ActionTraits(*action) for name, action in plain["actions"].items()}
-    return dispatch.AppTraits(dispatch.ActionTraits(*plain["default"]), actions)
+def _traits(plain: dict[str, Any]) -> AppTraits:
+    actions = {name: ActionTraits(*action) for name, action in plain["actions"].items()}
+    return AppTraits(ActionTraits(*plain["default"]), actions)

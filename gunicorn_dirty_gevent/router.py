@@ -16,7 +16,7 @@ import gevent
 
 from . import desk
 from .codecs import CODECS
-from .core import dialects, dispatch, faults, values, wire
+from .core import calls, dialects, dispatch, faults, values, wire
 from .core.wire import Frame, FrameDecoder
 from .link import PEER_GONE, Link
 from .listener import Listener
@@ -66,7 +66,7 @@ class Router:
     def __init__(
         self, supervisor: Supervisor, apps: Iterable[str], options: Settings, listener: Listener
     ) -> None:
-        limits = dispatch.Limits(options.queue_size, options.queue_bytes, options.calls_per_connection)
+        limits = calls.Limits(options.queue_size, options.queue_bytes, options.calls_per_connection)
         self.dispatcher = dispatch.Dispatcher(apps, limits)
         self.wakes_at = 0.0
         """When the main greenlet will call `tick` by itself."""
@@ -248,24 +248,24 @@ class Router:
 
     # Actions of the dispatcher.
 
-    def act(self, actions: Iterable[dispatch.Action]) -> None:
+    def act(self, actions: Iterable[calls.Action]) -> None:
         """Carry them out."""
         supervisor = self._supervisor
         for action in actions:
-            if isinstance(action, dispatch.Assign):
+            if isinstance(action, calls.Assign):
                 link = self._workers[action.worker]
                 link.send(wire.repack_request(action.call_id, action.request, action.budget))
                 if link.refused:
                     now = time.monotonic()
                     self.act(self.dispatcher.undelivered(action.worker, action.call_id, now))
-            elif isinstance(action, dispatch.Reply):
+            elif isinstance(action, calls.Reply):
                 self._reply(action)
-            elif isinstance(action, dispatch.Forward):
+            elif isinstance(action, calls.Forward):
                 frame = wire.pack_frame(action.kind, action.call_id, action.payload)
                 self._workers[action.worker].send((frame,))
-            elif isinstance(action, dispatch.Refuse):
+            elif isinstance(action, calls.Refuse):
                 self.refuse(action.client, action.call_id, action.fault)
-            elif isinstance(action, dispatch.Worn):
+            elif isinstance(action, calls.Worn):
                 supervisor.soon(partial(supervisor.worker_worn, action.worker, action.why))
             else:
                 self.dispatcher.worker_draining(action.worker)
@@ -276,7 +276,7 @@ class Router:
         dialect = _dialect(link)
         self._send(link, dialect.pack(wire.ERROR, call_id, CODECS[dialect.codec].dumps_fault(fault)))
 
-    def _reply(self, reply: dispatch.Reply) -> None:
+    def _reply(self, reply: calls.Reply) -> None:
         link, kind, call_id, payload = reply
         size = link.outbox_bytes + len(payload)
         if kind in (wire.RESPONSE, wire.CHUNK) and size > self._options.unread_bytes and link.outbox_bytes:

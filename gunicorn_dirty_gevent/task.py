@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
 import inspect
 import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -18,10 +16,11 @@ from . import app as apps
 from .blob import apart, detach
 from .codecs import CODECS, Arguments
 from .core import faults, values, wire
-from .core.dispatch import ActionTraits, AppTraits
+from .core.calls import ActionTraits, AppTraits
 from .core.faults import Fault
 from .core.wire import Body, Request
 from .coroutines import Coroutines
+from .runner import Runner
 
 Answer = Body | wire.Detached
 """What is sent of a task: what was encoded, or the memory file that it has been written into."""
@@ -52,60 +51,6 @@ class _Refused(Exception):
 
     def __init__(self, fault: Fault) -> None:
         self.fault = fault
-
-
-class Runner(gevent.Greenlet):  # type: ignore[type-arg]
-    """A greenlet that runs a task, and then perhaps another.
-
-    A new greenlet costs 15 of the 28 us that a small call takes in a worker (CPython maps memory for
-    its stack), so one that comes back without having waited for anything is kept for the next task.
-    One that has waited is not: whoever learned of it meanwhile (a timeout, a `kill`) means the task
-    it ran then. Nor is one that a task has left something on (a timer, a greenlet-local value), or that
-    its code keeps a reference to.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.task: Task | None = None
-        self.spare = False
-        """It has come back and waits for another task."""
-        self._hub = gevent.get_hub()
-        self._loop: Any = self._hub.loop
-
-    def give(self, task: Task) -> None:
-        """From the hub: run the task, until it ends or waits for the first time."""
-        self.task = task
-        self.spare = False
-        self.gr_context = contextvars.copy_context()
-        self._in_hub_call = True
-        self._watchers = getattr(self._loop, "activecnt", 0)
-        self.switch()
-        self._in_hub_call = False
-
-    def _run(self) -> None:
-        while self.task is not None:
-            task = self.task
-            known = self._references()
-            answer = task.run(self)
-            # Before it is sent: sending leaves a callback for the end of the hub's turn. The task knows us by
-            # now; who else does, may have use for us as the greenlet of this call.
-            clean = self._is_clean() and self._references() == known + 1
-            task.answer(*answer)
-            self.task = None
-            del task, answer
-            if not clean:
-                return
-            self.spare = True
-            self._hub.switch()
-
-    def _references(self) -> int:
-        return sys.getrefcount(self)
-
-    def _is_clean(self) -> bool:
-        # Other loops than libev's own do not count what is active.
-        counted = type(self._loop).__module__ == "gevent.libev.corecext"
-        left = not counted or self._loop.activecnt > self._watchers or self.has_links()
-        return self._in_hub_call and not left
 
 
 class Task:

@@ -24,7 +24,8 @@ from typing import Any
 import gevent
 
 from .app import is_ours
-from .task import Runner, Task
+from .runner import Runner
+from .task import Task
 
 INTERVAL = 0.25
 """Seconds between two looks. Four signals a second cost nothing that can be measured, and none come
@@ -74,7 +75,7 @@ class Watchdog:
                 self.disarm()
             return
         runner = gevent.getcurrent()
-        if not isinstance(runner, Runner) or runner.task is None:
+        if not isinstance(runner, Runner) or not isinstance(runner.task, Task):
             return
         task = runner.task
         blocked = now - self._since

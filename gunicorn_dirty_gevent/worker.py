@@ -18,12 +18,13 @@ from gunicorn import util
 from . import app as apps
 from . import process, settings
 from .core import values, wire
-from .core.dispatch import AppTraits
+from .core.calls import AppTraits
 from .core.faults import Fault
 from .core.wire import Frame
 from .coroutines import Coroutines
 from .link import Link
-from .task import Answer, Runner, Task
+from .runner import Runner
+from .task import Answer, Task
 from .watchdog import Watchdog
 
 CLOSE_TIME = 1.0

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from gunicorn_dirty_gevent.core import faults, wire
-from gunicorn_dirty_gevent.core.dispatch import Dispatcher, Limits, Refuse
+from gunicorn_dirty_gevent.core.calls import Limits, Refuse
+from gunicorn_dirty_gevent.core.dispatch import Dispatcher
 from gunicorn_dirty_gevent.pool import Pool
 from gunicorn_dirty_gevent.settings import Settings
 

@@ -3,27 +3,32 @@
 Every method takes what happened (and `now`, seconds of one monotonic clock) and returns the actions
 to carry out, in order. No clock, no socket: the arbiter owns those.
 
-A call is in exactly one of these states:
-
-    ARRIVED    in no table yet                          -> QUEUED, RUNNING, ENDED
-    QUEUED     in its app's queue                       -> RUNNING, ENDED
-    RUNNING    at a worker, its caller waits            -> ABANDONED, QUEUED (idempotent, worker lost), ENDED
-    ABANDONED  at a worker, nobody waits any more       -> ENDED
-    ENDED      in no table
-
-A slot is taken from RUNNING until the worker's last frame for the call (or the worker's end): a
-cancelled action may still be in its `finally`.
+See `calls` for the states of a call.
 """
 
 from __future__ import annotations
 
-import enum
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import faults, wire
+from .calls import (
+    Action,
+    AppTraits,
+    Assign,
+    Call,
+    Forward,
+    Kill,
+    Limits,
+    Queue,
+    Refuse,
+    Reply,
+    State,
+    Worker,
+    Worn,
+)
 from .deadlines import Deadlines
 from .faults import Fault
 from .wire import Payload, Request
@@ -47,184 +52,6 @@ PING: an action that computes may keep its hub from running. Far above the time 
 answers (some 0.1 ms), and as long as a small call may be late for the sake of a computing one."""
 
 
-class State(enum.Enum):
-    ARRIVED = "arrived"
-    QUEUED = "queued"
-    RUNNING = "running"
-    ABANDONED = "abandoned"
-    ENDED = "ended"
-
-
-class Limits(NamedTuple):
-    """Bounds of the queues (see `gunicorn_dirty_gevent.settings`)."""
-
-    queue_calls: int
-    queue_bytes: int
-    calls_per_client: int
-
-
-class ActionTraits(NamedTuple):
-    """What an app's class says of one action."""
-
-    timeout: float  # seconds; inf for none
-    idempotent: bool = False
-    limit: str = "dirty_timeout"
-    """Where `timeout` was set, in words."""
-
-
-class Call:
-    """One call on its way through the arbiter."""
-
-    __slots__ = (
-        "answered",
-        "attempts",
-        "client",
-        "client_id",
-        "credit",
-        "deadline",
-        "enqueued",
-        "progress",
-        "request",
-        "state",
-        "traits",
-        "worker",
-        "worker_id",
-    )
-
-    def __init__(self, client: Any, client_id: int, request: Request, now: float) -> None:
-        self.client = client
-        self.client_id = client_id
-        self.request = request
-        self.deadline = now + request.budget
-        self.enqueued = now
-        self.state = State.ARRIVED
-        self.worker: Worker | None = None
-        self.worker_id = 0
-        self.progress = now
-        self.credit = wire.STREAM_WINDOW
-        self.attempts = 0
-        self.answered = False  # chunks have gone to the caller
-        self.traits = ActionTraits(math.inf)
-
-
-class Worker:
-    """A dirty worker that is ready for calls."""
-
-    __slots__ = (
-        "apps",
-        "blocked_at",
-        "blocked_by",
-        "draining",
-        "heard",
-        "key",
-        "last_id",
-        "max_calls",
-        "pid",
-        "pinged",
-        "running",
-        "slots",
-    )
-
-    def __init__(self, key: int, pid: int, apps: dict[str, AppTraits], slots: int, max_calls: int) -> None:
-        self.key = key
-        self.max_calls = max_calls
-        self.pid = pid
-        self.apps = apps
-        self.slots = slots
-        self.running: dict[int, Call] = {}
-        self.last_id = 0
-        self.draining = False
-        self.blocked_by = 0  # the call that it last said blocks its hub
-        self.blocked_at = -math.inf
-        self.heard = -math.inf  # when it last showed that its hub runs, or was given its only call
-        self.pinged = False  # and has been asked since
-
-
-class AppTraits(NamedTuple):
-    """What a worker said of an app it has loaded."""
-
-    default: ActionTraits
-    actions: dict[str, ActionTraits]
-
-
-class Assign(NamedTuple):
-    """Send the call to its worker under `call_id`; `budget` is what is left of its time."""
-
-    worker: int
-    call_id: int
-    request: Request
-    budget: float
-
-
-class Forward(NamedTuple):
-    """Send a frame to a worker."""
-
-    worker: int
-    kind: int
-    call_id: int
-    payload: bytes
-
-
-class Reply(NamedTuple):
-    """Send a worker's frame on to a client."""
-
-    client: Any
-    kind: int
-    call_id: int
-    payload: Payload
-
-
-class Refuse(NamedTuple):
-    """Answer a client with an error of the arbiter's own."""
-
-    client: Any
-    call_id: int
-    fault: Fault
-
-
-class Kill(NamedTuple):
-    """The worker is stuck."""
-
-    worker: int
-    why: str
-
-
-class Worn(NamedTuple):
-    """The worker has been given as many calls as it is meant to serve."""
-
-    worker: int
-    why: str
-
-
-Action = Assign | Forward | Reply | Refuse | Kill | Worn
-
-
-class _Queue:
-    """The calls that wait for one app, oldest first."""
-
-    def __init__(self) -> None:
-        # Not a deque: a call that is cancelled in the middle must not hold its bytes until its turn.
-        self._calls: OrderedDict[Call, None] = OrderedDict()
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def put(self, call: Call, *, first: bool = False) -> None:
-        call.state = State.QUEUED
-        self._calls[call] = None
-        if first:
-            self._calls.move_to_end(call, last=False)
-        self.bytes += len(call.request.payload)
-
-    def remove(self, call: Call) -> None:
-        del self._calls[call]
-        self.bytes -= len(call.request.payload)
-
-    def head(self) -> Call | None:
-        return next(iter(self._calls), None)
-
-
 class Dispatcher:
     """See the module's text. Clients are any hashable keys; workers are known by an int."""
 
@@ -232,7 +59,7 @@ class Dispatcher:
         self.limits = limits
         self.late_frames = 0
         """Frames for calls that had ended: dropped, counted."""
-        self._queues: dict[str, _Queue] = {app: _Queue() for app in apps}
+        self._queues: dict[str, Queue] = {app: Queue() for app in apps}
         self._faults: dict[str, Fault] = {}
         self._unready: dict[str, str] = {}
         self._clients: dict[Any, dict[int, Call]] = {}
@@ -288,7 +115,7 @@ class Dispatcher:
         self._deadlines.set(call, call.deadline)
         return []
 
-    def _refusal(self, request: Request, queue: _Queue, calls: dict[int, Call]) -> Fault | None:
+    def _refusal(self, request: Request, queue: Queue, calls: dict[int, Call]) -> Fault | None:
         if self._stopped:
             return faults.stopping(request.app, request.action, self._stopped, False)
         if request.budget <= 0:
@@ -306,7 +133,7 @@ class Dispatcher:
             )
         return None
 
-    def _full(self, queue: _Queue) -> str:
+    def _full(self, queue: Queue) -> str:
         return f"its queue is full with {len(queue)} calls (queue_size)"
 
     def cancel(self, client: Any, call_id: int, now: float) -> list[Action]:

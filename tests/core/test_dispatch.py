@@ -6,15 +6,10 @@ import sys
 import pytest
 
 from gunicorn_dirty_gevent.core import faults, wire
-from gunicorn_dirty_gevent.core.deadlines import SLICE
-from gunicorn_dirty_gevent.core.dispatch import (
-    KILL_GRACE,
-    REPLY_GRACE,
-    SILENCE,
+from gunicorn_dirty_gevent.core.calls import (
     ActionTraits,
     AppTraits,
     Assign,
-    Dispatcher,
     Forward,
     Kill,
     Limits,
@@ -22,6 +17,8 @@ from gunicorn_dirty_gevent.core.dispatch import (
     Reply,
     Worn,
 )
+from gunicorn_dirty_gevent.core.deadlines import SLICE
+from gunicorn_dirty_gevent.core.dispatch import KILL_GRACE, REPLY_GRACE, SILENCE, Dispatcher
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
 PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})

@@ -20,12 +20,10 @@ from hypothesis.stateful import (
 )
 
 from gunicorn_dirty_gevent.core import dispatch, faults, mux, wire
-from gunicorn_dirty_gevent.core.deadlines import SLICE
-from gunicorn_dirty_gevent.core.dispatch import (
+from gunicorn_dirty_gevent.core.calls import (
     ActionTraits,
     AppTraits,
     Assign,
-    Dispatcher,
     Forward,
     Kill,
     Limits,
@@ -33,6 +31,8 @@ from gunicorn_dirty_gevent.core.dispatch import (
     Reply,
     Worn,
 )
+from gunicorn_dirty_gevent.core.deadlines import SLICE
+from gunicorn_dirty_gevent.core.dispatch import Dispatcher
 
 APPS = ("a", "b", "c")
 TRAITS = AppTraits(
