@@ -193,7 +193,8 @@ def stuck(app: str, action: str, limit: float, pid: int, whose: str) -> Fault:
 def worker_died(app: str, action: str, pid: int, how: str) -> Fault:
     return fault(
         "DirtyWorkerDiedError",
-        f"dirty worker {pid} {how} while it ran {app}.{action}; the call may have run, in part or whole",
+        f"dirty worker {pid} {how} while it ran {app}.{action}; the call may have run, in part or "
+        "whole; gunicorn's log says more",
         may_have_run=True,
         app_path=app,
         action=action,
@@ -227,7 +228,8 @@ def answer_dropped(size: int, limit: int) -> Fault:
     return fault(
         "DirtyOverloadedError",
         f"the action ran, but its answer of {size} bytes was dropped: this process leaves more than "
-        f"{limit} bytes of answers unread (unread_bytes)",
+        f"{limit} bytes of answers unread (unread_bytes): its hub may be blocked, or the limit, which "
+        "install() sets, too low",
         may_have_run=True,
     )
 
