@@ -252,14 +252,14 @@ class Router:
         """Carry them out."""
         supervisor = self._supervisor
         for action in actions:
-            if isinstance(action, calls.Assign):
+            if isinstance(action, calls.Reply):  # most are
+                self._reply(action)
+            elif isinstance(action, calls.Assign):
                 link = self._workers[action.worker]
                 link.send(wire.repack_request(action.call_id, action.request, action.budget))
                 if link.refused:
                     now = time.monotonic()
                     self.act(self.dispatcher.undelivered(action.worker, action.call_id, now))
-            elif isinstance(action, calls.Reply):
-                self._reply(action)
             elif isinstance(action, calls.Forward):
                 frame = wire.pack_frame(action.kind, action.call_id, action.payload)
                 self._workers[action.worker].send((frame,))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -241,6 +241,8 @@ class Task:
         # `dirty_timeout` is for each chunk, the caller's time for the whole stream. Where the first
         # is not the shorter one, the clock that runs is right for the whole stream.
         per_chunk = self._limit < self._remaining()
+        runner = self._runner
+        assert runner is not None
         for number in itertools.count():
             chunk = self._expose(next, chunks, _END)
             if chunk is _END:
@@ -254,7 +256,7 @@ class Task:
                 self._wait_for_credit()
             else:
                 # The hub gets its turn, and what was sent leaves, even if the generator never waits.
-                gevent.sleep(0)
+                runner.yield_turn()
             if per_chunk:
                 self._start_timeout()
 
@@ -280,7 +282,7 @@ class Task:
 
     def _dump(self, value: Any, place: str) -> Body:
         request = self.request
-        if inspect.iscoroutine(value):
+        if type(value) is types.CoroutineType:
             value.close()
         try:
             payload = self._codec.dumps_body(value, place)

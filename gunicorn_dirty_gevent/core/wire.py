@@ -178,6 +178,10 @@ class Frame(NamedTuple):
     payload: Payload
 
 
+_frame = functools.partial(tuple.__new__, Frame)
+"""`Frame` from a tuple, without the Python function that a NamedTuple's class calls: 0.12 us for 0.21."""
+
+
 class Request(NamedTuple):
     """A REQUEST as the arbiter needs it: the envelope read, the rest as it came."""
 
@@ -345,7 +349,8 @@ def unpack_credit(payload: Payload) -> int:
 
 def chunk_cost(payload: Payload | Pieces) -> int:
     """What a chunk takes of its stream's window."""
-    return max(len(payload), MIN_CHUNK_COST)
+    size = len(payload)
+    return size if size > MIN_CHUNK_COST else MIN_CHUNK_COST
 
 
 class FrameDecoder:
@@ -411,7 +416,7 @@ class FrameDecoder:
                 break
             position = start + length
             if kind < DETACHED:
-                found.append(Frame(kind, call_id, data[start:position]))
+                found.append(_frame((kind, call_id, data[start:position])))
                 continue
             try:
                 payload = self._with_blob(kind - DETACHED, data[start:position])
