@@ -46,7 +46,7 @@ class Runner(gevent.Greenlet):  # type: ignore[type-arg]
         self._in_hub_call = False
 
     def yield_turn(self) -> None:
-        """``gevent.sleep(0)``, in two thirds of its time (0.8 us for 1.2): a stream does it for each chunk."""
+        """``gevent.sleep(0)``, in two thirds of its time (0.8 us for 1.2), for each chunk of a stream."""
         back = self._loop.run_callback(self.switch)
         try:
             self._hub.switch()
