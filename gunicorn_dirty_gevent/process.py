@@ -12,6 +12,7 @@ that the master loads nothing which its own dirty support does not (gunicorn#348
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -137,7 +138,8 @@ def release_descriptors(keep: Iterable[int]) -> None:
         for name in os.listdir("/proc/self/fd"):
             number = int(name)
             if number not in kept and number != null and _is_channel(number):
-                os.dup2(null, number, inheritable=False)
+                with contextlib.suppress(OSError):  # valgrind's own, which it lets nobody replace
+                    os.dup2(null, number, inheritable=False)
     finally:
         os.close(null)
 
