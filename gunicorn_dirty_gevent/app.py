@@ -200,10 +200,10 @@ def traits(cls: type, limit: float) -> AppTraits:
         declared = getattr(getattr(cls, name, None), _MARK, None)
         if declared is not None:
             timeout, idempotent = declared
-            of_action = (
-                (limit, whose) if timeout is None else (float(timeout), f"@action(timeout={timeout:g})")
-            )
-            actions[name] = ActionTraits(of_action[0], idempotent, of_action[1])
+            if timeout is None:
+                actions[name] = ActionTraits(limit, idempotent, whose)
+            else:
+                actions[name] = ActionTraits(float(timeout), idempotent, f"@action(timeout={timeout:g})")
     return AppTraits(ActionTraits(limit, limit=whose), actions)
 
 
