@@ -1,4 +1,4 @@
-"""What the dispatcher deals with: calls, workers, queues, and the actions that it returns.
+"""What the dispatcher deals with: calls, workers, and the actions that it returns.
 
 A call is in exactly one of these states:
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 from . import wire
@@ -60,6 +59,7 @@ class Call:
         "credit",
         "deadline",
         "enqueued",
+        "laned",
         "progress",
         "request",
         "state",
@@ -81,6 +81,7 @@ class Call:
         self.credit = wire.STREAM_WINDOW
         self.attempts = 0
         self.answered = False  # chunks have gone to the caller
+        self.laned = False  # its answer goes by a lane: only what the worker tells of it is known here
         self.traits = ActionTraits(math.inf)
 
 
@@ -94,6 +95,7 @@ class Worker:
         "draining",
         "heard",
         "key",
+        "laned",
         "last_id",
         "max_calls",
         "pid",
@@ -111,6 +113,7 @@ class Worker:
         self.running: dict[int, Call] = {}
         self.last_id = 0
         self.draining = False
+        self.laned = False  # it has calls, or had, whose answers go by lanes
         self.blocked_by = 0  # the call that it last said blocks its hub
         self.blocked_at = -math.inf
         self.heard = -math.inf  # when it last showed that its hub runs, or was given its only call
@@ -125,12 +128,15 @@ class AppTraits(NamedTuple):
 
 
 class Assign(NamedTuple):
-    """Send the call to its worker under `call_id`; `budget` is what is left of its time."""
+    """Send the call to its worker under `call_id`; `budget` is what is left of its time. With a client, it
+    may be answered by a lane, under the client's id."""
 
     worker: int
     call_id: int
     request: Request
     budget: float
+    client: Any = None
+    client_id: int = 0
 
 
 class Forward(NamedTuple):
@@ -174,29 +180,3 @@ class Worn(NamedTuple):
 
 
 Action = Assign | Forward | Reply | Refuse | Kill | Worn
-
-
-class Queue:
-    """The calls that wait for one app, oldest first."""
-
-    def __init__(self) -> None:
-        # Not a deque: a call that is cancelled in the middle must not hold its bytes until its turn.
-        self._calls: OrderedDict[Call, None] = OrderedDict()
-        self.bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def put(self, call: Call, *, first: bool = False) -> None:
-        call.state = State.QUEUED
-        self._calls[call] = None
-        if first:
-            self._calls.move_to_end(call, last=False)
-        self.bytes += len(call.request.payload)
-
-    def remove(self, call: Call) -> None:
-        del self._calls[call]
-        self.bytes -= len(call.request.payload)
-
-    def head(self) -> Call | None:
-        return next(iter(self._calls), None)

@@ -22,7 +22,6 @@ from .calls import (
     Forward,
     Kill,
     Limits,
-    Queue,
     Refuse,
     Reply,
     State,
@@ -31,6 +30,7 @@ from .calls import (
 )
 from .deadlines import Deadlines
 from .faults import Fault
+from .queues import Queue
 from .wire import Payload, Request
 
 REPLY_GRACE = 0.25
@@ -46,6 +46,12 @@ BLOCKED_GRACE = 1.0
 """Seconds for which a worker's word counts that a call blocks its hub; it says so four times a second."""
 
 
+LANE_WORD = 0.005
+"""Seconds (at least; it is looked at in slices) that a call for which there is no place waits to be refused,
+while answers go by lanes: its caller may have one already whose worker's word, by which the slot gets free,
+is still on its way here."""
+
+
 SILENCE = 0.005
 """Seconds without a word from a worker after which calls go to others first, until it has answered a
 PING: an action that computes may keep its hub from running. Far above the time in which a free hub
@@ -59,10 +65,11 @@ class Dispatcher:
         self.limits = limits
         self.late_frames = 0
         """Frames for calls that had ended: dropped, counted."""
-        self._queues: dict[str, Queue] = {app: Queue() for app in apps}
+        self._queues: dict[str, Queue] = {app: Queue(limits) for app in apps}
         self._faults: dict[str, Fault] = {}
         self._unready: dict[str, str] = {}
         self._clients: dict[Any, dict[int, Call]] = {}
+        self._takes_lanes: set[Any] = set()
         self._workers: OrderedDict[int, Worker] = OrderedDict()
         """The one to be preferred is the last: see `_free_worker`."""
         self._deadlines: Deadlines[Call] = Deadlines()
@@ -76,7 +83,7 @@ class Dispatcher:
 
     @property
     def queued(self) -> int:
-        return sum(len(queue) for queue in self._queues.values())
+        return sum(len(queue.waiting()) for queue in self._queues.values())
 
     @property
     def idle(self) -> bool:
@@ -100,7 +107,7 @@ class Dispatcher:
         queue = self._queues.get(request.app)
         if queue is None:
             return [Refuse(client, call_id, faults.app_unknown(request.app, list(self._queues)))]
-        refusal = self._refusal(request, queue, calls)
+        refusal = self._refusal(client, request, len(calls))
         if refusal is not None:
             return [Refuse(client, call_id, refusal)]
         call = Call(client, call_id, request, now)
@@ -109,13 +116,18 @@ class Dispatcher:
         worker = None if queue else self._free_worker(request.app, now, pings)
         if worker is not None:
             return [*pings, *self._assign(call, worker, now)]
-        if len(queue) >= self.limits.queue_calls:
-            return [self._end(call, faults.overloaded(request.app, self._full(queue)))]
+        full = queue.full_for(call)
+        if full:
+            return self._overflow(call, queue, full, now)
         queue.put(call)
         self._deadlines.set(call, call.deadline)
         return []
 
-    def _refusal(self, request: Request, queue: Queue, calls: dict[int, Call]) -> Fault | None:
+    def takes_lanes(self, client: Any) -> None:
+        """The client takes answers by lanes."""
+        self._takes_lanes.add(client)
+
+    def _refusal(self, client: Any, request: Request, others: int) -> Fault | None:
         if self._stopped:
             return faults.stopping(request.app, request.action, self._stopped, False)
         if request.budget <= 0:
@@ -123,18 +135,35 @@ class Dispatcher:
             return faults.queue_timeout(request.app, request.action, 0.0, why)
         if request.app in self._faults:
             return self._faults[request.app]
-        if len(calls) >= self.limits.calls_per_client:
+        most = self.limits.calls_per_client
+        if others >= most and client in self._takes_lanes:
+            most += self._untold()
+        if others >= most:
             return faults.overloaded(
-                request.app, f"this client has {len(calls)} calls in flight (calls_per_connection)"
-            )
-        if queue and queue.bytes + len(request.payload) > self.limits.queue_bytes:
-            return faults.overloaded(
-                request.app, f"its queue holds {queue.bytes} bytes of requests (queue_bytes)"
+                request.app, f"this client has {others} calls in flight (calls_per_connection)"
             )
         return None
 
-    def _full(self, queue: Queue) -> str:
-        return f"its queue is full with {len(queue)} calls (queue_size)"
+    def _untold(self, app: str = "") -> int:
+        """The most calls (of an app) that may have been answered without a word here yet."""
+        workers = self._workers.values()
+        return sum(len(w.running) for w in workers if w.laned and (not app or app in w.apps))
+
+    def _overflow(self, call: Call, queue: Queue, why: str, now: float) -> list[Action]:
+        """There is no place for the call, as far as is known here: see `LANE_WORD`."""
+        fault = faults.overloaded(call.request.app, why)
+        if not queue.put_over(call, fault, self._untold(call.request.app)):
+            return [self._end(call, fault)]
+        self._deadlines.set(call, min(call.deadline, now + LANE_WORD))
+        return []
+
+    def _settle(self, call: Call) -> list[Action]:
+        """The workers have had time to tell of ended calls: has it got a place?"""
+        fault = self._queues[call.request.app].overflow.get(call)
+        if fault is not None:
+            return [self._end(call, fault)]
+        self._deadlines.set(call, call.deadline)
+        return []
 
     def cancel(self, client: Any, call_id: int, now: float) -> list[Action]:
         """The caller has gone away."""
@@ -152,15 +181,16 @@ class Dispatcher:
         call = self._clients.get(client, {}).get(call_id)
         if call is None or call.worker is None:
             return []
-        # Never more than the window, whatever the reader says: it bounds what is kept for it here.
-        amount = min(amount, wire.STREAM_WINDOW - call.credit)
+        if not call.laned:  # else the worker counts, and says when it waits
+            # Never more than the window, whatever the reader says: it bounds what is kept for it here.
+            amount = min(amount, wire.STREAM_WINDOW - call.credit)
+            paused = call.credit <= 0
+            call.credit += amount
+            if paused and call.credit > 0:
+                call.progress = now
+                self._watch(call)
         if amount <= 0:
             return []
-        paused = call.credit <= 0
-        call.credit += amount
-        if paused and call.credit > 0:
-            call.progress = now
-            self._watch(call)
         credit = wire.pack_credit_payload(amount)
         return [Forward(call.worker.key, wire.CREDIT, call.worker_id, credit)]
 
@@ -170,6 +200,7 @@ class Dispatcher:
         for call_id in list(self._clients.get(client, ())):
             actions += self.cancel(client, call_id, now)
         self._clients.pop(client, None)
+        self._takes_lanes.discard(client)
         return actions
 
     # Events from workers.
@@ -197,11 +228,8 @@ class Dispatcher:
         if self._has(app):
             return []
         self._faults[app] = fault
-        queue = self._queues[app]
-        actions: list[Action] = []
-        while (call := queue.head()) is not None:
-            actions.append(self._end(call, faults.ran_before(fault) if call.attempts else fault))
-        return actions
+        calls = self._queues[app].waiting()
+        return [self._end(call, faults.ran_before(fault) if call.attempts else fault) for call in calls]
 
     def not_ready(self, apps: Iterable[str], why: str) -> None:
         """A worker ended before it could serve these apps; what is told of calls that wait in vain."""
@@ -217,7 +245,7 @@ class Dispatcher:
     def frame_from_worker(
         self, worker: int, kind: int, call_id: int, payload: Payload, now: float
     ) -> list[Action]:
-        """A CHUNK, or a last frame (RESPONSE, ERROR, END)."""
+        """A CHUNK, or a last frame (RESPONSE, ERROR, END), or DONE: the last has gone by a lane."""
         known = self._workers.get(worker)
         if known is not None:
             call = known.running.get(call_id) if known else None
@@ -231,7 +259,8 @@ class Dispatcher:
                 self.late_frames += 1
                 return []
             call.progress = now
-            call.credit -= wire.chunk_cost(payload)
+            if not call.laned:
+                call.credit -= wire.chunk_cost(payload)
             call.answered = True
             return [Reply(call.client, kind, call.client_id, payload)]
         del known.running[call_id]
@@ -243,8 +272,27 @@ class Dispatcher:
         actions: list[Action] = []
         if wanted:
             del self._clients[call.client][call.client_id]
-            actions.append(Reply(call.client, kind, call.client_id, payload))
+            if kind != wire.DONE:
+                actions.append(Reply(call.client, kind, call.client_id, payload))
         return actions + self._fill(known, now)
+
+    def not_by_lane(self, worker: int, call_id: int) -> None:
+        """For a call that was assigned there is no lane."""
+        self._workers[worker].running[call_id].laned = False
+
+    def worker_paced(self, worker: int, call_id: int, waits: bool, now: float) -> None:
+        """A worker says that chunks of a stream have gone by its lane; does it wait for its reader?"""
+        known = self._workers.get(worker)
+        call = known.running.get(call_id) if known else None
+        if known is None or call is None:
+            return
+        known.heard, known.pinged = now, False
+        if call.state is not State.RUNNING:
+            return
+        call.progress = now
+        call.answered = True
+        call.credit = 0 if waits else wire.STREAM_WINDOW
+        self._watch(call)
 
     def undelivered(self, worker: int, call_id: int, now: float) -> list[Action]:
         """A call that was assigned has certainly not reached its worker, which is gone: its end will
@@ -260,13 +308,10 @@ class Dispatcher:
             return []
         call.attempts -= 1
         self._requeue(call)
-        actions: list[Action] = []
-        for other in list(self._workers.values()):
-            actions += self._fill(other, now)
-        return actions
+        return self._fill_all(now)
 
     def worker_heard(self, worker: int, now: float) -> None:
-        """A worker has answered a PING: its hub runs."""
+        """A worker has said, asked by a PING or not, that its hub runs."""
         known = self._workers.get(worker)
         if known is not None:
             known.heard, known.pinged = now, False
@@ -293,9 +338,7 @@ class Dispatcher:
                 request = call.request
                 fault = faults.worker_died(request.app, request.action, lost.pid, how)
                 actions.append(self._end(call, fault))
-        for other in self._workers.values():
-            actions += self._fill(other, now)
-        return actions
+        return actions + self._fill_all(now)
 
     def _may_run_again(self, call: Call, now: float) -> bool:
         """Once, and not when chunks have gone out, which would come again."""
@@ -305,6 +348,7 @@ class Dispatcher:
     def _requeue(self, call: Call) -> None:
         call.worker = None
         call.credit = wire.STREAM_WINDOW
+        call.laned = False
         self._queues[call.request.app].put(call, first=True)
         self._deadlines.set(call, call.deadline)
 
@@ -330,10 +374,12 @@ class Dispatcher:
         """Time has passed."""
         actions: list[Action] = []
         for call in self._deadlines.due(now):
-            if call.state is State.QUEUED:
+            if call.state is not State.QUEUED:
+                actions += self._overdue(call, now)
+            elif call.deadline <= now:
                 actions.append(self._end(call, self._queue_timeout(call, now)))
             else:
-                actions += self._overdue(call, now)
+                actions += self._settle(call)
         return actions
 
     def _queue_timeout(self, call: Call, now: float) -> Fault:
@@ -471,6 +517,10 @@ class Dispatcher:
         worker.running[call.worker_id] = call
         self._watch(call)
         assign = Assign(worker.key, call.worker_id, request, call.deadline - now)
+        # What a stream that may run again has sent must be known here.
+        if call.client in self._takes_lanes and not (request.stream and call.traits.idempotent):
+            call.laned = worker.laned = True
+            assign = assign._replace(client=call.client, client_id=call.client_id)
         if worker.last_id != worker.max_calls:
             return [assign]
         return [assign, Worn(worker.key, f"it has served max_requests ({worker.max_calls})")]
@@ -488,6 +538,9 @@ class Dispatcher:
             self._leave_queue(call, State.RUNNING)
             actions += self._assign(call, worker, now)
         return actions
+
+    def _fill_all(self, now: float) -> list[Action]:
+        return [action for worker in list(self._workers.values()) for action in self._fill(worker, now)]
 
     def _oldest(self, worker: Worker) -> Call | None:
         best: Call | None = None

@@ -25,6 +25,11 @@ CREDIT_STEP = wire.STREAM_WINDOW // 2
 keeps up, and small chunks do not cost a frame each."""
 
 
+BEHIND_LANES = frozenset((wire.CHUNK, wire.ERROR, wire.END))
+"""Frames that come by the link when all that their worker sent before by a lane is there to be read: the
+rest of a stream, or the error of a call whose worker has died after it answered."""
+
+
 class Phase(enum.Enum):
     DOWN = "down"
     GREETING = "greeting"
@@ -96,10 +101,15 @@ class Call:
 class Mux:
     """See the module's text."""
 
-    def __init__(self, socket_path: str, detach: Callable[[Body], Blob | None] | None = None) -> None:
+    def __init__(
+        self, socket_path: str, detach: Callable[[Body], Blob | None] | None = None, lanes: bool = False
+    ) -> None:
         """`detach` makes a large body a blob (None: it cannot just now); without it, the link takes
-        none either way."""
+        none either way. `lanes`: the shell takes answers by lanes; what comes by one it hands in before
+        what came later by the link (see `BEHIND_LANES`)."""
         self.socket_path = socket_path
+        self.takes_lanes = lanes
+        """Whether the next link does."""
         self._detach = detach
         self._detaches = False  # and so does the arbiter
         self.phase = Phase.DOWN
@@ -127,7 +137,7 @@ class Mux:
         """A connection stands: what to send first."""
         self.phase = Phase.GREETING
         self._sent = 0
-        return self._send((wire.pack_hello(),))
+        return self._send((wire.pack_hello(0, wire.HELLO_LANES if self.takes_lanes else 0),))
 
     def receive(self, frame: Frame, now: float) -> Iterable[Parts]:
         """A frame has arrived: what to send for it. Each is to be sent before the next is asked for:

@@ -35,6 +35,10 @@ _NAMES = struct.Struct(">HH")
 _HELLO = struct.Struct(">Q")
 _HELLO_FLAGS = struct.Struct(">B")
 _CREDIT = struct.Struct(">I")
+_LANE = struct.Struct(">I")
+_ROUTE = struct.Struct(">IQ")  # lane, the caller's id
+ROUTE_SIZE = _ROUTE.size
+"""Bytes by which a ROUTED is longer than the REQUEST it was."""
 
 DEFAULT_MAX_MESSAGE = 128 * 1024 * 1024
 """Bytes of one payload. Twice gunicorn's 64 MiB (``MAX_MESSAGE_SIZE``), so that a value which is
@@ -45,6 +49,9 @@ MIN_CHUNK_COST = 8192
 way too (32 with the default window), for tiny chunks cost memory beyond their bytes, and what is under
 way is what everybody else's answers wait behind: with 20 busy streams a small call took 5.0 ms with 64
 chunks, 2.9 with 32 and 2.0 with 16, for 135,000, 120,000 and 94,000 chunks a second."""
+
+MAX_CREDIT = 0xFFFFFFFF
+"""The most that one CREDIT gives."""
 
 STREAM_WINDOW = 32 * MIN_CHUNK_COST
 """Bytes of chunks (256 KiB) a worker may send ahead of its reader: above a socket buffer (208 KiB on
@@ -63,11 +70,15 @@ class Kind(enum.IntEnum):
     CREDIT = 0x07  # the reader took chunks: so many bytes more may be sent
     HELLO = 0x08  # first frame both ways on a client's link; the arbiter's carries its limits
     GOAWAY = 0x09  # arbiter: it ends, send new calls to the next one; client: nothing more comes
+    LANE = 0x0A  # arbiter, to a client and to a worker: the ends of a lane between them
+    ROUTED = 0x0B  # arbiter, to a worker: a REQUEST, and the lane by which it is to be answered
     STASH = 0x10  # an operation on the stash, gunicorn's number; the arbiter itself answers
     CLASSES = 0x20  # worker: what the app classes declare
     READY = 0x21  # worker: apps are loaded; from now on it takes calls
     BLOCKED = 0x23  # worker: this call keeps the hub from running
-    PING = 0x24  # arbiter: is your hub running? worker: it is
+    PING = 0x24  # arbiter: is your hub running? worker, asked or not: it is
+    DONE = 0x25  # worker: this call's last frame has gone by its lane
+    PACE = 0x26  # worker: a stream has sent chunks by its lane, and goes on or waits for its reader
     STOP = 0x22  # arbiter: finish what runs, then exit; worker: send me nothing more, I go
 
 
@@ -80,11 +91,15 @@ CANCEL = int(Kind.CANCEL)
 CREDIT = int(Kind.CREDIT)
 HELLO = int(Kind.HELLO)
 GOAWAY = int(Kind.GOAWAY)
+LANE = int(Kind.LANE)
+ROUTED = int(Kind.ROUTED)
 STASH = int(Kind.STASH)
 CLASSES = int(Kind.CLASSES)
 READY = int(Kind.READY)
 BLOCKED = int(Kind.BLOCKED)
 PING = int(Kind.PING)
+DONE = int(Kind.DONE)
+PACE = int(Kind.PACE)
 STOP = int(Kind.STOP)
 
 FLAG_STREAM = 0x01
@@ -96,10 +111,13 @@ FLAG_DETACH = 0x02
 DETACHED = 0x80
 """Bit of a frame's kind: its body is in the descriptor that came with it."""
 
-DETACHABLE = frozenset((REQUEST, RESPONSE, CHUNK))
+DETACHABLE = frozenset((REQUEST, ROUTED, RESPONSE, CHUNK))
 """Kinds whose body may be in a descriptor."""
 
-_KINDS = frozenset(int(kind) for kind in Kind) | {kind | DETACHED for kind in DETACHABLE}
+BY_LANE = frozenset((RESPONSE, CHUNK, END))
+"""Kinds that may come by a lane."""
+
+_KINDS = frozenset(int(kind) for kind in Kind) | {kind | DETACHED for kind in (*DETACHABLE, LANE)}
 
 DETACH_SIZE = 262144
 """Bytes from which a body is put into a descriptor, where both sides can: about a socket buffer (208 KiB
@@ -135,6 +153,8 @@ class Blob(Protocol):
     def read(self, start: int, size: int) -> bytes: ...
 
     def view(self) -> memoryview: ...
+
+    def take(self) -> int: ...
 
 
 class Detached:
@@ -271,25 +291,41 @@ def pack_request(call_id: int, envelope: bytes, body: Body, kind: int = REQUEST)
     return (header + envelope, body)
 
 
-def repack_request(call_id: int, request: Request, budget: float) -> Parts:
-    """The same request for the next link: another id, less time, nothing else touched."""
+def repack_request(call_id: int, request: Request, budget: float, route: bytes = b"") -> Parts:
+    """The same request for the next link: another id, less time, nothing else touched; ROUTED, if there
+    is a route (`pack_route`)."""
     payload = request.payload
+    kind = ROUTED if route else REQUEST
     if isinstance(payload, Detached):
-        inline = _BUDGET.pack(budget) + payload.inline[_BUDGET.size :]
-        return pack_detached(REQUEST, call_id, inline, payload.blob)
-    head = _HEADER.pack(MAGIC, VERSION, REQUEST, len(payload), call_id) + _BUDGET.pack(budget)
+        inline = route + _BUDGET.pack(budget) + payload.inline[_BUDGET.size :]
+        return pack_detached(kind, call_id, inline, payload.blob)
+    size = len(route) + len(payload)
+    head = _HEADER.pack(MAGIC, VERSION, kind, size, call_id) + route + _BUDGET.pack(budget)
     if len(payload) <= _JOIN_LIMIT:
         return (head + payload[_BUDGET.size :],)
     return (head, memoryview(payload)[_BUDGET.size :])
 
 
-def unpack_request(payload: Payload) -> Request:
-    """Read a REQUEST's payload. Raises `WireError` when the envelope is broken."""
+def pack_route(lane: int, call_id: int) -> bytes:
+    """By which lane, and under which id, a call is to be answered."""
+    return _ROUTE.pack(lane, call_id)
+
+
+def unpack_routed(payload: Payload) -> tuple[int, int, Request]:
+    """Lane, id and `Request` of a ROUTED's payload, which only the arbiter makes."""
     inline = payload.inline if isinstance(payload, Detached) else payload
-    if len(inline) < _ENVELOPE.size:
+    lane, call_id = _ROUTE.unpack_from(inline)
+    return lane, call_id, unpack_request(payload, _ROUTE.size)
+
+
+def unpack_request(payload: Payload, start: int = 0) -> Request:
+    """Read a REQUEST's payload, from `start` on. Raises `WireError` when the envelope is broken."""
+    inline = payload.inline if isinstance(payload, Detached) else payload
+    names_at = start + _ENVELOPE.size
+    if len(inline) < names_at:
         raise WireError(f"request envelope cut short at {len(inline)} bytes")
-    budget, flags, codec, app_size, action_size = _ENVELOPE.unpack_from(inline)
-    app_end = _ENVELOPE.size + app_size
+    budget, flags, codec, app_size, action_size = _ENVELOPE.unpack_from(inline, start)
+    app_end = names_at + app_size
     end = app_end + action_size
     if end > len(inline):
         raise WireError("request envelope names more bytes than the frame has")
@@ -298,7 +334,7 @@ def unpack_request(payload: Payload) -> Request:
     if not budget > -math.inf:
         raise WireError("request envelope has no number for its time budget")
     try:
-        app = inline[_ENVELOPE.size : app_end].decode()
+        app = inline[names_at:app_end].decode()
         action = inline[app_end:end].decode()
     except UnicodeDecodeError as error:
         raise WireError("app or action in a request envelope is not UTF-8") from error
@@ -315,9 +351,12 @@ class Hello(NamedTuple):
 HELLO_DESCRIPTORS = 0x01
 """Hello flag: the arbiter takes requests with their body in a descriptor."""
 
+HELLO_LANES = 0x02
+"""Hello flag: the client takes answers by lanes."""
+
 
 def pack_hello(max_message: int = 0, flags: int = 0) -> bytes:
-    """The first frame of either side; the arbiter's has its `Hello`, a client's is zeros."""
+    """The first frame of either side."""
     return pack_frame(HELLO, 0, _HELLO.pack(max_message) + _HELLO_FLAGS.pack(flags))
 
 
@@ -329,6 +368,18 @@ def unpack_hello(payload: Payload) -> Hello:
         raise WireError("hello cut short")
     flags = data[_HELLO.size] if len(data) > _HELLO.size else 0
     return Hello(int(_HELLO.unpack_from(data)[0]), flags)
+
+
+def pack_lane(number: int, end: Blob) -> Parts:
+    """A LANE frame, with one of its ends beside it."""
+    return pack_detached(LANE, 0, _LANE.pack(number), end)
+
+
+def unpack_lane(payload: Payload) -> tuple[int, int | None]:
+    """The lane's number, and its descriptor, now the caller's; None if it was lost on the way."""
+    if isinstance(payload, Detached):
+        return int(_LANE.unpack(payload.inline)[0]), payload.blob.take()
+    return int(_LANE.unpack(payload)[0]), None
 
 
 def pack_credit_payload(amount: int) -> bytes:
@@ -345,6 +396,15 @@ def unpack_credit(payload: Payload) -> int:
     if len(payload) != _CREDIT.size:
         raise WireError("credit frame of the wrong size")
     return int(_CREDIT.unpack(inline_bytes(payload))[0])
+
+
+def pack_pace(waits: bool) -> bytes:
+    """A stream waits for its reader, or goes on."""
+    return bytes((waits,))
+
+
+def unpack_pace(payload: Payload) -> bool:
+    return inline_bytes(payload) != b"\0"
 
 
 def chunk_cost(payload: Payload | Pieces) -> int:
@@ -387,7 +447,8 @@ class FrameDecoder:
             self._size += len(data)
 
     def receive_blob(self, blob: Blob | bytes) -> None:
-        """The body of a frame that is to come; as bytes where no descriptor could be kept for it."""
+        """The body of a frame that is to come; as bytes where no descriptor could be kept for it, which
+        are none if it is lost."""
         if len(self._blobs) < MAX_LOOSE:
             self._blobs.append(blob)
         elif self._error is None:
@@ -432,12 +493,16 @@ class FrameDecoder:
         if not self._blobs:
             raise WireError("a frame names a descriptor, and none came with it")
         blob = self._blobs.popleft()
+        if kind == LANE:
+            return inline if isinstance(blob, bytes) else Detached(inline, blob)
+        if not len(blob):
+            raise WireError("a descriptor was lost (this process has too many), or is of an empty file")
         size = len(inline) + len(blob)
         if size > self.max_message:
             raise WireError(f"a frame of {size} bytes; {self.max_message} may be sent")
         if len(blob) < MIN_DETACHED:
             raise WireError(f"{len(blob)} bytes in a descriptor; the least is {MIN_DETACHED}")
-        if inline and kind != REQUEST:
+        if inline and kind not in (REQUEST, ROUTED):
             raise WireError("an answer stands in its frame and in a descriptor")
         return inline + blob if isinstance(blob, bytes) else Detached(inline, blob)
 

@@ -22,7 +22,7 @@ from gunicorn_dirty_gevent.core.dispatch import KILL_GRACE, REPLY_GRACE, SILENCE
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
 PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})
-TIMELESS = ("app_failed", "not_ready", "worker_draining", "stop")
+TIMELESS = ("app_failed", "not_ready", "worker_draining", "stop", "takes_lanes", "not_by_lane")
 CREDIT_1 = wire.pack_credit(0, 1)[wire.HEADER_SIZE :]
 
 
@@ -38,7 +38,8 @@ def ready(*apps, slots=1, traits=PLAIN):
 def show(action):
     """One action as a short line."""
     if isinstance(action, Assign):
-        return f"assign w{action.worker}#{action.call_id} {action.request.action} {action.budget:g}"
+        lane = f" by {action.client}#{action.client_id}" if action.client is not None else ""
+        return f"assign w{action.worker}#{action.call_id} {action.request.action} {action.budget:g}{lane}"
     if isinstance(action, Reply):
         return f"reply {action.client}#{action.call_id} {wire.Kind(action.kind).name}"
     if isinstance(action, Forward):

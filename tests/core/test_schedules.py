@@ -62,6 +62,10 @@ class Submitted:
         self.deadline = deadline
         self.runs = 0
         self.chunks = 0
+        self.laned = False
+        self.answered = False  # by a lane; the dispatcher may not know yet
+        self.pauses = False  # its worker has said that it waits for its reader
+        self.overflowed = False  # there was no place for it when it came
 
 
 class ModelWorker:
@@ -74,17 +78,19 @@ class ModelWorker:
         self.running = {}  # id on its link -> Submitted
         self.ids = set()
         self.worn = 0
+        self.words = []  # about calls by lanes, on their way to the dispatcher
 
 
 class DispatcherMachine(RuleBasedStateMachine):
     @initialize(
         queue_calls=st.sampled_from([100, 3, 100]),
         queue_bytes=st.sampled_from([10**6, 200, 10**6]),
-        per_client=st.sampled_from([100, 6, 100]),
+        per_client=st.sampled_from([100, 6, 100, 2]),
         slots=st.lists(st.integers(1, 4), max_size=3),
+        lanes=st.sampled_from(["", "xy", "xyz"]),
         ends_by_stop=st.booleans(),
     )
-    def start(self, queue_calls, queue_bytes, per_client, slots, ends_by_stop):
+    def start(self, queue_calls, queue_bytes, per_client, slots, lanes, ends_by_stop):
         self.limits = Limits(queue_calls, queue_bytes, per_client)
         self.dispatcher = Dispatcher(APPS, self.limits)
         self.now = 100.0
@@ -97,6 +103,9 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.late = 0
         self.stopped = False
         self.ends_by_stop = ends_by_stop
+        self.lanes = lanes
+        for client in lanes:
+            self.dispatcher.takes_lanes(client)
         for number in slots:
             self.worker_ready(set(APPS), number, 0)
 
@@ -120,6 +129,9 @@ class DispatcherMachine(RuleBasedStateMachine):
                     call = self.workers[action.worker].running[action.call_id]
                     assert call not in self.waiting.values(), "its caller still waits"
             elif isinstance(action, Kill):
+                running = self.workers[action.worker].running.values()
+                awaited = list(self.waiting.values())
+                assert any(not call.pauses or call not in awaited for call in running), "all wait for readers"
                 self.workers[action.worker].stuck = self.workers[action.worker].draining = True
             else:
                 assert isinstance(action, Worn)
@@ -137,9 +149,17 @@ class DispatcherMachine(RuleBasedStateMachine):
         assert action.budget == call.deadline - self.now > 0
         assert call.runs == 0 or (call.action == "safe" and call.runs == 1 and not call.chunks)
         if call.runs == 0:
-            assert call.number > self.started[call.app], "not first in, first out"
-            self.started[call.app] = call.number
+            assert call.overflowed or call.number > self.started[call.app], "not first in, first out"
+            self.started[call.app] = max(call.number, self.started[call.app])
         call.runs += 1
+        call.laned = action.client is not None
+        repeatable = action.request.stream and call.action == "safe"
+        if call.laned:
+            assert self.waiting[action.client, action.client_id] is call and action.client in self.lanes
+            assert not repeatable
+        else:
+            client = next(client for (client, _), waits in self.waiting.items() if waits is call)
+            assert client not in self.lanes or repeatable
         worker.running[action.call_id] = call
         worker.ids.add(action.call_id)
 
@@ -153,6 +173,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             del self.waiting[action.client, action.call_id]
 
     def refused(self, action):
+        """The caller of one that was answered by a lane has seen that first, and drops this."""
         call = self.waiting.pop((action.client, action.call_id))
         assert action.fault["details"]["may_have_run"] == (call.runs > 0), action.fault
 
@@ -166,6 +187,7 @@ class DispatcherMachine(RuleBasedStateMachine):
                 st.sampled_from([*APPS, *APPS, *APPS, "unknown"]),
                 st.sampled_from(ACTIONS),
                 st.sampled_from([3.0, 0.5, 20.0, math.inf, 3.0, 20.0, 0.0]),
+                st.booleans(),
             ),
             min_size=1,
             max_size=10,
@@ -175,10 +197,11 @@ class DispatcherMachine(RuleBasedStateMachine):
         for call in calls:
             self.submit_one(*call)
 
-    def submit_one(self, client, call_id, app, action, budget):
+    def submit_one(self, client, call_id, app, action, budget, stream):
         number = next(self.numbers)
         names = wire.pack_names(app, action)
-        request = wire.unpack_request(wire.pack_envelope(names, budget) + b"%d" % number)
+        envelope = wire.pack_envelope(names, budget, wire.FLAG_STREAM if stream else 0)
+        request = wire.unpack_request(envelope + b"%d" % number)
         if (client, call_id) in self.waiting:
             try:
                 self.dispatcher.submit(client, call_id, request, self.now)
@@ -189,10 +212,19 @@ class DispatcherMachine(RuleBasedStateMachine):
         before = len([key for key in self.waiting if key[0] == client])
         self.waiting[client, call_id] = call
         self.carry_out(self.dispatcher.submit(client, call_id, request, self.now))
-        if app == "unknown" or budget <= 0 or self.stopped or before >= self.limits.calls_per_client:
+        known = self.dispatcher._clients[client].get(call_id)
+        queue = self.dispatcher._queues.get(app)
+        call.overflowed = known is not None and known in queue.overflow
+        no_place = before >= self.limits.calls_per_client + (self.untold() if client in self.lanes else 0)
+        if app == "unknown" or budget <= 0 or self.stopped or no_place:
             assert (client, call_id) not in self.waiting
 
+    def untold(self):
+        """The most slots that may be free without the dispatcher's knowing."""
+        return sum(len(worker.running) for worker in self.workers.values())
+
     def cancel(self, client, call_id):
+        """Perhaps its answer is on its way by a lane."""
         self.waiting.pop((client, call_id), None)
         self.carry_out(self.dispatcher.cancel(client, call_id, self.now))
 
@@ -201,6 +233,8 @@ class DispatcherMachine(RuleBasedStateMachine):
             del self.waiting[key]
         self.carry_out(self.dispatcher.client_lost(client, self.now))
         assert client not in self.dispatcher._clients
+        if client in self.lanes:  # the next of that name
+            self.dispatcher.takes_lanes(client)
 
     @rule(client=st.sampled_from("xyz"), call_id=st.integers(1, 12), amount=st.integers(0, 2**32 - 1))
     def credit(self, client, call_id, amount):
@@ -232,12 +266,23 @@ class DispatcherMachine(RuleBasedStateMachine):
     )
     def frames(self, picks):
         for which, kind in picks:
-            running = [(key, call_id) for key, w in self.workers.items() for call_id in w.running]
+            running = [
+                (key, call_id)
+                for key, worker in self.workers.items()
+                for call_id, call in worker.running.items()
+                if not call.answered
+            ]
             if running:
                 self.frame(*running[which % len(running)], kind)
 
     def frame(self, key, call_id, kind):
         worker = self.workers[key]
+        call = worker.running[call_id]
+        if call.laned and call in self.waiting.values() and kind != wire.ERROR:
+            call.answered = kind != wire.CHUNK
+            worker.words.append((wire.DONE if call.answered else wire.PACE, call_id))
+            return
+        self.told(key)  # what was sent before
         if worker.asked and kind == wire.CHUNK:
             self.dispatcher.worker_heard(key, self.now)
         worker.asked = False
@@ -249,13 +294,39 @@ class DispatcherMachine(RuleBasedStateMachine):
         payload = b"%d" % call.number
         self.carry_out(self.dispatcher.frame_from_worker(key, kind, call_id, payload, self.now))
 
+    @rule(which=st.integers(0, 3), count=st.integers(1, 5), waits=st.booleans())
+    def words(self, which, count, waits):
+        """The dispatcher hears some of what went by lanes."""
+        if self.workers:
+            self.told(list(self.workers)[which % len(self.workers)], count, waits)
+
+    def told(self, key, count=1000, waits=False):
+        worker = self.workers[key]
+        words, worker.words = worker.words[:count], worker.words[count:]
+        for kind, call_id in words:
+            if kind == wire.PACE:
+                worker.asked = worker.asked and call_id not in worker.running
+                self.dispatcher.worker_paced(key, call_id, waits, self.now)
+                if call_id in worker.running:
+                    worker.running[call_id].pauses = waits
+                continue
+            worker.asked = False
+            call = worker.running.pop(call_id)
+            for caller in [caller for caller, waiting in self.waiting.items() if waiting is call]:
+                del self.waiting[caller]
+            actions = self.dispatcher.frame_from_worker(key, wire.DONE, call_id, b"", self.now)
+            assert not any(isinstance(action, Reply) for action in actions)
+            self.carry_out(actions)
+
     def stray_frame(self, key, call_id):
         if call_id not in self.workers[key].running:
             self.late += 1
             actions = self.dispatcher.frame_from_worker(key, wire.RESPONSE, call_id, b"stray", self.now)
             assert actions == []
 
-    def worker_lost(self, key):
+    def worker_lost(self, key, heard):
+        """It had sent some of its words."""
+        self.told(key, heard)
         del self.workers[key]
         self.carry_out(self.dispatcher.worker_lost(key, "died", self.now))
 
@@ -282,7 +353,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         elif self.workers:
             key = list(self.workers)[which % len(self.workers)]
             if what == "worker_lost":
-                self.worker_lost(key)
+                self.worker_lost(key, which % 3)
             elif what == "draining":
                 self.worker_draining(key)
             else:
@@ -298,6 +369,9 @@ class DispatcherMachine(RuleBasedStateMachine):
         for call in self.waiting.values():
             grace = dispatch.REPLY_GRACE if call in running else 0.0
             assert self.now < call.deadline + grace + SLICE, "its time was over"
+        if seconds > dispatch.LANE_WORD + SLICE:
+            assert not any(queue.overflow for queue in self.dispatcher._queues.values())
+            self.check_queues(settled=True)
         due = self.dispatcher.next_deadline()
         assert due is None or due > self.now
 
@@ -310,6 +384,15 @@ class DispatcherMachine(RuleBasedStateMachine):
         running = [call for worker in self.workers.values() for call in worker.running.values()]
         queued = [call for call in self.waiting.values() if call not in running]
         assert dispatcher.queued == len(queued)
+        self.check_queues(settled=not self.lanes)
+
+    def check_queues(self, settled):
+        running = [call for worker in self.workers.values() for call in worker.running.values()]
+        queued = [call for call in self.waiting.values() if call not in running]
+        overflowing = [call for queue in self.dispatcher._queues.values() for call in queue.overflow]
+        overflowing = {int(bytes(call.request.body)) for call in overflowing}
+        assert not (settled and overflowing)
+        queued = [call for call in queued if call.number not in overflowing]
         free = [w for w in self.workers.values() if not w.draining and len(w.running) < w.slots]
         for call in queued:
             assert not any(call.app in worker.apps for worker in free), "it waits beside a free slot"
@@ -323,7 +406,9 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.stopped = True
             self.carry_out(self.dispatcher.stop("told to quit"))
             assert not self.waiting
-            self.submit_one("x", 1, "a", "plain", 3.0)
+            self.submit_one("x", 1, "a", "plain", 3.0, False)
+        for key in list(self.workers):
+            self.told(key)
         while any(worker.running for worker in self.workers.values()):
             for key, worker in list(self.workers.items()):
                 for call_id, call in list(worker.running.items()):
@@ -376,6 +461,28 @@ class Pipe:
         return not self.outbox and not self.kernel
 
 
+class Lane:
+    """Whole packets or nothing. Its reader has its end from when it has read of it."""
+
+    ROOM = 20_000  # bytes
+
+    def __init__(self):
+        self.packets = []
+        self.closed = False  # by its reader
+        self.decoder = wire.FrameDecoder(kinds=wire.BY_LANE)
+
+    def take(self, packet):
+        if self.closed or len(packet) + sum(map(len, self.packets)) > self.ROOM:
+            return False
+        self.packets.append(packet)
+        return True
+
+    def read(self):
+        packets, self.packets = self.packets, []
+        self.decoder.receive_data(b"".join(packets))
+        return self.decoder.frames()
+
+
 class Caller:
     """A call and what its caller has seen of it."""
 
@@ -389,9 +496,11 @@ class Caller:
 class Client:
     """`Mux` with its link, as the client's shells drive it."""
 
-    def __init__(self):
-        self.mux = mux.Mux("/tmp/dirty.sock")
+    def __init__(self, lanes):
+        self.mux = mux.Mux("/tmp/dirty.sock", lanes=lanes)
         self.up = self.down = None
+        self.lanes = {}  # worker -> `Lane`, of this link
+        self.known = []  # those that it has been told of
         self.callers = []
 
     def start(self, caller, now):
@@ -415,22 +524,32 @@ class Client:
 class FakeWorker:
     """Answers each request with its body; a stream sends it `length` times, while it has credit."""
 
-    def __init__(self, key, runs):
+    def __init__(self, key, runs, answered):
         self.key = key
         self.runs = runs  # of each body, over all workers
+        self.answered = answered  # the bodies of calls that were, by a lane
+        self.lanes = {}  # by number
         self.inbox, self.outlet = Pipe(), Pipe()
-        self.tasks = {}  # id -> [body, chunks to go, credit]
+        self.tasks = {}  # id -> [body, chunks to go, credit, lane, client's id, waits]
 
     def frames(self, frames):
         for kind, call_id, payload in frames:
-            if kind == wire.REQUEST:
-                request = wire.unpack_request(payload)
+            if kind in (wire.REQUEST, wire.ROUTED):
+                lane, client_id = None, None
+                if kind == wire.ROUTED:
+                    number, client_id, request = wire.unpack_routed(payload)
+                    lane = self.lanes[number]
+                else:
+                    request = wire.unpack_request(payload)
                 body = bytes(request.body)
                 self.runs[body] += 1
                 assert call_id not in self.tasks
-                self.tasks[call_id] = [body, 80 if request.stream else 0, wire.STREAM_WINDOW]
+                to_go = 80 if request.stream else 0
+                self.tasks[call_id] = [body, to_go, wire.STREAM_WINDOW, lane, client_id, False]
             elif kind == wire.CREDIT and call_id in self.tasks:
-                self.tasks[call_id][2] += wire.unpack_credit(payload)
+                task = self.tasks[call_id]
+                task[2] = min(task[2] + wire.unpack_credit(payload), wire.STREAM_WINDOW)
+                self.tell_pace(call_id)
             elif kind == wire.CANCEL and self.tasks.pop(call_id, None) is not None:
                 self.say(wire.END, call_id, b"")
             elif kind == wire.PING:
@@ -442,16 +561,37 @@ class FakeWorker:
             return
         call_id = list(self.tasks)[which % len(self.tasks)]
         task = self.tasks[call_id]
-        body, to_go, credit = task
+        body, to_go, credit = task[:3]
         if to_go == 0:
+            if self.reply(task, wire.RESPONSE, call_id, body):
+                self.answered.add(body)
+                self.say(wire.DONE, call_id, b"")
             del self.tasks[call_id]
-            self.say(wire.RESPONSE, call_id, body)
         elif credit > 0:
-            # Of different sizes: tiny ones, and ones beyond the whole window.
-            payload = body + b":%d:" % to_go + b"x" * (0, 5000, 300_000)[to_go % 3]
+            # Of different sizes: tiny ones, some that fill a lane, and ones beyond the whole window.
+            size = 300_000 if to_go % 20 == 8 else (0, 5000)[to_go % 2]
+            payload = body + b":%d:" % to_go + b"x" * size
             task[1] -= 1
             task[2] -= wire.chunk_cost(payload)
-            self.say(wire.CHUNK, call_id, payload)
+            self.reply(task, wire.CHUNK, call_id, payload)
+            self.tell_pace(call_id)
+
+    def tell_pace(self, call_id):
+        """When that changes."""
+        task = self.tasks[call_id]
+        waits = task[2] <= 0
+        if task[4] is not None and waits != task[5]:
+            task[5] = waits
+            self.say(wire.PACE, call_id, wire.pack_pace(waits))
+
+    def reply(self, task, kind, call_id, payload):
+        """By the lane, if it has one with room; whether that was so."""
+        lane, client_id = task[3:5]
+        if lane is not None and lane.take(wire.pack_frame(kind, client_id, payload)):
+            return True
+        task[3] = None
+        self.say(kind, call_id, payload)
+        return False
 
     def say(self, kind, call_id, payload):
         self.outlet.write((wire.pack_frame(kind, call_id, payload),))
@@ -463,9 +603,10 @@ class System:
     def __init__(self, clients):
         self.now = 0.0
         self.runs = Counter()
+        self.answered = set()
         self.numbers = itertools.count(1)
         self.keys = itertools.count(1)
-        self.clients = [Client() for _ in range(clients)]
+        self.clients = [Client(lanes=number != 1) for number in range(clients)]
         self.boot()
         for which in range(clients):
             self.greet(which)
@@ -479,7 +620,7 @@ class System:
 
     def add_worker(self):
         key = next(self.keys)
-        self.workers[key] = FakeWorker(key, self.runs)
+        self.workers[key] = FakeWorker(key, self.runs, self.answered)
         traits = {"a": AppTraits(ActionTraits(math.inf), {})}
         self.act(self.dispatcher.worker_ready(key, key, traits, 3, self.now))
 
@@ -488,8 +629,7 @@ class System:
     def act(self, actions):
         for action in actions:
             if isinstance(action, Assign):
-                parts = wire.repack_request(action.call_id, action.request, action.budget)
-                self.workers[action.worker].inbox.write(parts)
+                self.assign(*action)
             elif isinstance(action, Forward):
                 frame = wire.pack_frame(action.kind, action.call_id, action.payload)
                 self.workers[action.worker].inbox.write((frame,))
@@ -501,6 +641,17 @@ class System:
                 frame = wire.pack_frame(wire.ERROR, action.call_id, repr(action.fault).encode())
                 action.client.down.write((frame,))
 
+    def assign(self, key, call_id, request, budget, client, client_id):
+        worker, route = self.workers[key], b""
+        if client is not None:
+            if key not in client.lanes:
+                number = next(self.numbers)
+                client.lanes[key] = worker.lanes[number] = Lane()
+                client.down.write((wire.pack_frame(wire.LANE, 0, b"%d" % key),))
+            number = next(n for n, lane in worker.lanes.items() if lane is client.lanes[key])
+            route = wire.pack_route(number, client_id)
+        worker.inbox.write(wire.repack_request(call_id, request, budget, route))
+
     def from_client(self, client, frames):
         for kind, call_id, payload in frames:
             if kind == wire.REQUEST:
@@ -511,19 +662,43 @@ class System:
             elif kind == wire.CANCEL:
                 self.act(self.dispatcher.cancel(client, call_id, self.now))
             elif kind == wire.HELLO:
+                if wire.unpack_hello(payload).flags & wire.HELLO_LANES:
+                    self.dispatcher.takes_lanes(client)
                 client.down.write((wire.pack_hello(10**7),))
 
     def from_worker(self, worker, frames):
         for frame in frames:
             if frame.kind == wire.PING:
                 self.dispatcher.worker_heard(worker.key, self.now)
+            elif frame.kind == wire.PACE:
+                waits = wire.unpack_pace(frame.payload)
+                self.dispatcher.worker_paced(worker.key, frame.call_id, waits, self.now)
             else:
                 self.act(self.dispatcher.frame_from_worker(worker.key, *frame, self.now))
 
     def to_client(self, client, frames):
         for frame in frames:
+            if frame.kind == wire.LANE:
+                client.known.append(client.lanes[int(frame.payload)])
+                continue
+            if frame.kind in mux.BEHIND_LANES:
+                self.read_lanes(client)
             for parts in client.mux.receive(frame, self.now):
                 client.up.write(parts)
+
+    def read_lanes(self, client):
+        for frame in [frame for lane in client.known for frame in lane.read()]:
+            assert list(client.mux.receive(frame, self.now)) == []
+
+    def lose(self, client, why):
+        """Its link has ended."""
+        self.read_lanes(client)
+        flushed = client.up.flushed
+        client.up = client.down = None
+        for lane in client.lanes.values():
+            lane.closed = True
+        client.lanes, client.known = {}, []
+        client.mux.lost(why, flushed)
 
     # What happens.
 
@@ -581,10 +756,13 @@ class System:
         """The arbiter may still have read some of what the kernel took."""
         if client := self.link(which):
             self.from_client(client, client.up.read(size))
-            flushed = client.up.flushed
-            client.up = client.down = None
+            self.to_client(client, client.down.everything())
             self.act(self.dispatcher.client_lost(client, self.now))
-            client.mux.lost("reset", flushed)
+            self.lose(client, "reset")
+
+    def read_lane(self, which, _):
+        if client := self.link(which):
+            self.read_lanes(client)
 
     def go_away(self, which, _):
         if (client := self.link(which)) and client.mux.phase is mux.Phase.OPEN:
@@ -618,9 +796,8 @@ class System:
     def kill_arbiter(self, *_):
         for client in self.clients:
             if client.up is not None:
-                flushed = client.up.flushed
-                client.up = client.down = None
-                client.mux.lost("the arbiter died", flushed)
+                self.to_client(client, client.down.everything())
+                self.lose(client, "the arbiter died")
         self.boot()
 
     # The end.
@@ -636,6 +813,7 @@ class System:
                 for pipe, deliver in ((client.up, self.from_client), (client.down, self.to_client)):
                     quiet = quiet and pipe.empty
                     deliver(client, pipe.everything())
+                self.read_lanes(client)
                 for caller in client.callers:
                     while caller.call.chunks and not caller.cancelled:
                         client.take(caller)
@@ -670,11 +848,13 @@ class System:
         elif call.fault is not None:
             assert call.last is None
             assert call.fault["details"]["may_have_run"] or not runs
+            assert body not in self.answered, "it was answered by a lane"
         elif call.last.kind == wire.RESPONSE:
             assert call.last.payload == body and runs == 1
             assert len(seen) == (80 if call.stream else 0)
         else:
             assert call.last.kind == wire.ERROR
+            assert body not in self.answered, "it was answered by a lane"
             fault = eval(call.last.payload)
             assert fault["error_type"] == "DirtyWorkerDiedError" and fault["details"]["may_have_run"]
 
@@ -689,6 +869,7 @@ HAPPENINGS = {
     "flush_up": 8,
     "read_up": 8,
     "read_down": 8,
+    "read_lane": 4,
     "to_worker": 8,
     "work": 8,
     "read_worker": 8,
@@ -724,6 +905,40 @@ def test_back_to_back(schedule):
         happen(system, *step)
     system.settle()
     system.check()
+
+
+def at_work(stream=False):
+    """One call of a client with lanes, which its worker has just begun."""
+    system = System(clients=1)
+    system.start(0, stream)
+    system.flush_up(0, 10**6)
+    system.read_up(0, 10**6)
+    system.to_worker(0, 10**6)
+    (caller,) = system.clients[0].callers
+    return system, caller
+
+
+def test_an_answer_by_a_lane_counts_though_its_worker_has_died_since():
+    system, caller = at_work()
+    system.work(0, 0)
+    system.lose_worker(0, 0)  # which has not told the arbiter
+    system.settle()
+    system.check()
+    assert caller.call.last.kind == wire.RESPONSE
+
+
+def test_what_a_lane_does_not_take_comes_behind_what_it_took():
+    system, caller = at_work(stream=True)
+    worker = system.worker(0)
+    (lane,) = worker.lanes.values()
+    while b"x" * 5000 not in worker.outlet.outbox:
+        worker.work(0)
+    assert lane.packets
+    system.read_worker(0, 10**6)
+    system.read_down(0, 10**6)
+    system.settle()
+    system.check()
+    assert len(caller.chunks) == 80
 
 
 def test_back_to_back_with_nothing_lost():

@@ -335,7 +335,7 @@ REQUESTED = sent(wire.pack_detached(wire.REQUEST, 5, envelope(), Beside()))[0]
     [
         (REQUESTED, [], "none came with it"),
         (REQUESTED, [Beside(bytes(wire.MIN_DETACHED - 1))], "the least is"),
-        (REQUESTED, [Beside(b"")], "the least is"),
+        (REQUESTED, [Beside(b"")], "of an empty file"),
         (REQUESTED, [Beside(bytes(100_000))], "may be sent"),
         (wire.pack_frame(wire.RESPONSE | wire.DETACHED, 1, b"x"), [Beside()], "and in a descriptor"),
         (wire.pack_frame(wire.HELLO | wire.DETACHED, 1, b""), [Beside()], "not a frame"),
