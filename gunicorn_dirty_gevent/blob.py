@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -48,7 +49,13 @@ class Blob:
         return self._size
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+    def take(self) -> int:
+        """The descriptor, which is the caller's to close from now on."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
 
     def read(self, start: int, size: int) -> bytes:
         """Some of the bytes. May switch greenlets, see `apart`."""
@@ -100,27 +107,34 @@ def _write(descriptor: int, parts: tuple[bytes, ...]) -> None:
             rest[0] = rest[0][written:]
 
 
-def received(ancillary: Iterable[tuple[int, int, bytes]]) -> list[Blob | bytes]:
+def received(ancillary: Iterable[tuple[int, int, bytes]], lanes: bool = False) -> list[Blob | bytes]:
     """What came beside the bytes of one read, as blobs; as bytes where the descriptor's number is near
-    the limit of this process. Raises `WireError` when it is no sealed memory file."""
-    import resource  # not in gunicorn's master, which loads this module
-
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    the limit of this process. Raises `WireError` when it is no sealed memory file (or the end of a
+    lane, where those may come)."""
     descriptors = array.array("i")
     for _level, _kind, data in ancillary:  # nothing but SCM_RIGHTS comes without being asked for
         descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     blobs = [Blob(number, 0) for number in descriptors]  # from here on each is closed, whatever happens
-    return [_checked(blob, limit) for blob in blobs]
+    return [_checked(blob, lanes) for blob in blobs]
 
 
-def _checked(blob: Blob, limit: int) -> Blob | bytes:
+def few_left(descriptor: int) -> bool:
+    """Whether this is one of the last descriptors that this process may have."""
+    import resource  # not in gunicorn's master, which loads this module
+
+    return descriptor > resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
+
+
+def _checked(blob: Blob, lanes: bool) -> Blob | bytes:
     try:
         sealed = fcntl.fcntl(blob.descriptor, fcntl.F_GET_SEALS)
     except OSError:  # not a memory file
         sealed = 0
+    if lanes and stat.S_ISSOCK(os.fstat(blob.descriptor).st_mode):
+        return blob
     if sealed & _SEALS != _SEALS:
         raise WireError("a descriptor that is no sealed memory file")
     blob._size = os.fstat(blob.descriptor).st_size
     # A file may claim any size; one above every message is left for the decoder to refuse.
-    few_left = blob.descriptor > limit - RESERVE and 0 < len(blob) <= DEFAULT_MAX_MESSAGE
-    return bytes(blob.view()) if few_left else blob
+    readable = 0 < len(blob) <= DEFAULT_MAX_MESSAGE
+    return bytes(blob.view()) if readable and few_left(blob.descriptor) else blob

@@ -41,7 +41,7 @@ over one by one."""
 _PART_COST = 64
 """Bytes of memory that a part takes beside its own."""
 
-_MAX_HOLD = 0.001
+MAX_HOLD = 0.001
 """Seconds that a turn of the hub may keep what is sent in it. Greenlets that compute would otherwise
 hold back the answers of those before them."""
 
@@ -83,7 +83,9 @@ class Link:
         on_frames: OnFrames,
         on_close: OnClose,
         decoder: Decoder,
+        lanes: bool = False,
     ) -> None:
+        """`lanes`: the peer may send ends of lanes."""
         self.sock = sock
         self.decoder = decoder
         self.on_drained: Callable[[], None] | None = None
@@ -95,9 +97,11 @@ class Link:
         """Bytes that wait for the kernel."""
         self._on_frames = on_frames
         self._on_close = on_close
+        self._lanes = lanes
         self._outbox: deque[bytes | memoryview | Detached] = deque()
         self._turn_taken = False
-        self._flushed_at = 0.0
+        self.flushed_at = 0.0
+        """When `send` last gave something to the kernel."""
         self._blocked = False  # the kernel's buffer is full; the writer waits for room
         sock.setblocking(False)
         hub: Any = gevent.get_hub()
@@ -131,15 +135,19 @@ class Link:
         if not self._turn_taken:
             self._turn_taken = True
             self._loop.run_callback(self._end_turn)
-        elif now - self._flushed_at < _MAX_HOLD:
+        elif now - self.flushed_at < MAX_HOLD:
             return
-        self._flushed_at = now
+        self.flushed_at = now
         self._flush()
+
+    def flush(self) -> None:
+        """Send now what is kept for the end of the turn."""
+        if self._outbox and not self.closed:
+            self._flush()
 
     def _end_turn(self) -> None:
         self._turn_taken = False
-        if self._outbox and not self.closed:
-            self._flush()
+        self.flush()
         self._tell_drained()
 
     def _writable(self) -> None:
@@ -186,8 +194,7 @@ class Link:
         outbox = self._outbox
         size = 0
         front: list[Any] = []
-        # A part with a descriptor is always longer, see `core.wire.MIN_DETACHED`.
-        while outbox and size + len(outbox[0]) <= _JOIN_LIMIT:
+        while outbox and size + len(outbox[0]) <= _JOIN_LIMIT and outbox[0].__class__ is not Detached:
             part = outbox.popleft()
             size += len(part)
             front.append(part)
@@ -225,9 +232,11 @@ class Link:
             self._buffers, _ANCILLARY, _socket.MSG_CMSG_CLOEXEC
         )
         if ancillary:
-            for body in blob.received(ancillary):
+            for body in blob.received(ancillary, self._lanes):
                 self.decoder.receive_blob(body)
-        if flags & _socket.MSG_CTRUNC:
+        if flags & _socket.MSG_CTRUNC and self._lanes and not ancillary:
+            self.decoder.receive_blob(b"")
+        elif flags & _socket.MSG_CTRUNC:
             raise WireError("a descriptor was lost: this process has too many, or two came at once")
         return size
 

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import gevent
 
-from . import desk
+from . import desk, lane
+from .blob import Blob
 from .codecs import CODECS
 from .core import calls, dialects, dispatch, faults, values, wire
 from .core.wire import Frame, FrameDecoder
@@ -36,6 +37,12 @@ ACCEPT_PAUSE = 0.5
 """Seconds without accepting after the process ran out of descriptors."""
 
 _ACCEPTS_PER_TURN = 64
+
+LANES = 64
+"""The most lanes of a worker: each is a descriptor there, of 1,024 that a process has by default. The
+answers to clients beyond them go by us."""
+
+_OF_CALLS = frozenset((wire.CHUNK, wire.RESPONSE, wire.ERROR, wire.END, wire.DONE))
 
 _CREDENTIALS = struct.Struct("3i")  # unix(7), SO_PEERCRED: pid, uid, gid
 
@@ -78,6 +85,9 @@ class Router:
         self._clients: dict[Link, int] = {}  # and the pid of who connected
         self._workers: dict[int, Link] = {}
         self._owed: dict[Link, list[tuple[int, int]]] = {}  # credit, once the kernel has the chunks
+        self._lanes: dict[Link, dict[int, int]] = {}  # of clients that take them: worker -> number
+        self._last_lane = 0
+        self._credit: dict[int, dict[int, int]] = {}  # for calls of workers whose link is busy
         self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
         self._hand_over_by: float | None = None
         self.desk = desk.Desk(supervisor, options.stash_size, listener.journal)
@@ -147,6 +157,9 @@ class Router:
         link.read_rest()
         link.close("the worker has ended")
         del self._workers[key]
+        self._credit.pop(key, None)
+        for lanes in self._lanes.values():
+            lanes.pop(key, None)
 
     # Workers.
 
@@ -154,8 +167,10 @@ class Router:
         now = time.monotonic()
         supervisor = self._supervisor
         for kind, call_id, payload in frames:
-            if kind in (wire.CHUNK, wire.RESPONSE, wire.ERROR, wire.END):
+            if kind in _OF_CALLS:
                 self.act(self.dispatcher.frame_from_worker(key, kind, call_id, payload, now))
+            elif kind == wire.PACE:
+                self.dispatcher.worker_paced(key, call_id, wire.unpack_pace(payload), now)
             elif kind == wire.PING:
                 self.dispatcher.worker_heard(key, now)
             elif kind == wire.BLOCKED:
@@ -220,6 +235,9 @@ class Router:
             elif kind == wire.GOAWAY:
                 self._leaving.discard(link)
             elif kind == wire.HELLO:
+                if wire.unpack_hello(payload).flags & wire.HELLO_LANES:
+                    self._lanes.setdefault(link, {})
+                    dispatcher.takes_lanes(link)
                 hello = wire.pack_hello(self._options.max_message_size, wire.HELLO_DESCRIPTORS)
                 self._send(link, (hello,))
             elif kind in (dialects.STASH, dialects.STATUS, dialects.MANAGE):
@@ -233,6 +251,7 @@ class Router:
 
     def _on_client_close(self, link: Link, reason: str) -> None:
         pid = self._clients.pop(link)
+        self._lanes.pop(link, None)
         self._leaving.discard(link)
         self._owed.pop(link, None)
         self.act(self.dispatcher.client_lost(link, time.monotonic()))
@@ -255,11 +274,9 @@ class Router:
             if isinstance(action, calls.Reply):  # most are
                 self._reply(action)
             elif isinstance(action, calls.Assign):
-                link = self._workers[action.worker]
-                link.send(wire.repack_request(action.call_id, action.request, action.budget))
-                if link.refused:
-                    now = time.monotonic()
-                    self.act(self.dispatcher.undelivered(action.worker, action.call_id, now))
+                self._assign(action)
+            elif isinstance(action, calls.Forward) and action.kind == wire.CREDIT:
+                self._pass_credit(action)
             elif isinstance(action, calls.Forward):
                 frame = wire.pack_frame(action.kind, action.call_id, action.payload)
                 self._workers[action.worker].send((frame,))
@@ -270,6 +287,50 @@ class Router:
             else:
                 self.dispatcher.worker_draining(action.worker)
                 supervisor.soon(partial(supervisor.worker_stuck, action.worker, action.why))
+
+    def _assign(self, assign: calls.Assign) -> None:
+        worker, call_id, request, budget, client, client_id = assign
+        route = b""
+        if client is not None:
+            number = self._lanes[client].get(worker) or self._make_lane(client, worker)
+            if number:
+                route = wire.pack_route(number, client_id)
+            else:
+                self.dispatcher.not_by_lane(worker, call_id)
+        link = self._workers[worker]
+        link.send(wire.repack_request(call_id, request, budget, route))
+        if link.refused:
+            self.act(self.dispatcher.undelivered(worker, call_id, time.monotonic()))
+
+    def _pass_credit(self, action: calls.Forward) -> None:
+        """A worker whose link is busy gets the sum: for a call that is answered by a lane a client may send
+        any number of them."""
+        link = self._workers[action.worker]
+        if link.outbox_bytes:
+            sums = self._credit.setdefault(action.worker, {})
+            before = sums.get(action.call_id, 0)
+            sums[action.call_id] = min(before + wire.unpack_credit(action.payload), wire.MAX_CREDIT)
+            link.on_drained = partial(self._pay_worker, action.worker)
+        else:
+            link.send((wire.pack_frame(action.kind, action.call_id, action.payload),))
+
+    def _pay_worker(self, worker: int) -> None:
+        for call_id, amount in self._credit.pop(worker, {}).items():
+            self._workers[worker].send((wire.pack_credit(call_id, amount),))
+
+    def _make_lane(self, client: Link, worker: int) -> int:
+        """Give both the ends of a lane; its number, or 0 where none can be made."""
+        if sum(worker in lanes for lanes in self._lanes.values()) >= LANES:
+            return 0
+        try:
+            ends = lane.make()
+        except OSError:
+            return 0
+        self._last_lane += 1
+        for link, end in zip((self._workers[worker], client), ends, strict=True):
+            link.send(wire.pack_lane(self._last_lane, Blob(end.detach(), 0)))
+        self._lanes[client][worker] = self._last_lane
+        return self._last_lane
 
     def refuse(self, link: Link, call_id: int, fault: faults.Fault) -> None:
         """Answer with an error."""

@@ -21,7 +21,8 @@ class Settings:
     the largest messages, so that each call that may be sent may also wait. `DirtyOverloadedError` beyond."""
 
     calls_per_connection: int = 12000
-    """Calls in flight on one connection, that is, of one HTTP worker. Ten times gunicorn's default
+    """Calls in flight on one connection, that is, of one HTTP worker; those that run may come on top (they
+    may have been answered, which the arbiter learns a moment later). Ten times gunicorn's default
     `worker_connections` (1,000), with room for views that make several. `DirtyOverloadedError`
     beyond."""
 

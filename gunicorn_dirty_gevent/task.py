@@ -20,6 +20,7 @@ from .core.calls import ActionTraits, AppTraits
 from .core.faults import Fault
 from .core.wire import Body, Request
 from .coroutines import Coroutines
+from .lane import Sender
 from .runner import Runner
 
 Answer = Body | wire.Detached
@@ -38,8 +39,15 @@ class Host(Protocol):
 
     def send(self, kind: int, call_id: int, payload: Answer) -> None: ...
 
+    def reply(self, task: Task, kind: int, payload: Answer) -> None: ...
+
     def ended(self, task: Task) -> None: ...
 
+
+PACE = 0.1
+"""Seconds after which the arbiter, which does not see the chunks, is told again that a stream goes on, or
+that it waits for its reader. Far below the time by which it is patient with a call that is over its limit
+(`dispatch.KILL_GRACE`)."""
 
 _END = object()
 
@@ -56,8 +64,18 @@ class _Refused(Exception):
 class Task:
     """Runs one request; whatever happens, sends exactly one last frame for it."""
 
-    def __init__(self, host: Host, call_id: int, request: Request) -> None:
+    def __init__(
+        self,
+        host: Host,
+        call_id: int,
+        request: Request,
+        client_id: int | None = None,
+        lane: Sender | None = None,
+    ) -> None:
+        """With a `client_id` the arbiter does not count what is answered, and is told of its pace."""
         self.call_id = call_id
+        self.client_id = client_id
+        self.lane = lane
         self.request = request
         self._host = host
         self._codec = CODECS.get(request.codec, CODECS[wire.CODEC_MSGPACK])
@@ -67,6 +85,7 @@ class Task:
         self._cut_off = False
         self._credit = wire.STREAM_WINDOW
         self._credit_came: Event | None = None
+        self._paced = (False, -math.inf)  # what was last told of that, and when
         self._timeout: gevent.Timeout = _NO_TIMEOUT
         self._limit = math.inf
         self._whose = ""  # where that was set
@@ -88,7 +107,8 @@ class Task:
         self._cut_off = True
 
     def add_credit(self, amount: int) -> None:
-        self._credit += amount
+        # Never more than the window, whatever the reader says: it bounds what is kept for it.
+        self._credit = min(self._credit + amount, wire.STREAM_WINDOW)
         if self._credit_came is not None:
             self._credit_came.set()
 
@@ -131,7 +151,9 @@ class Task:
 
     def answer(self, kind: int, payload: Answer) -> None:
         """Send the last frame."""
-        self._host.send(kind, self.call_id, payload)
+        if self._cancelled:
+            self.lane = None  # only the arbiter waits for it
+        self._host.reply(self, kind, payload)
 
     def _perform(self) -> tuple[int, Answer]:
         """Run the action under its time limits; the last frame."""
@@ -248,8 +270,10 @@ class Task:
             if chunk is _END:
                 return
             payload = self._encode(chunk, f"chunk {number}")
-            self._host.send(wire.CHUNK, self.call_id, payload)
+            self._host.reply(self, wire.CHUNK, payload)
             self._credit -= wire.chunk_cost(payload)
+            if self.client_id is not None:
+                self._tell_pace(waits=False)
             if per_chunk:
                 self._timeout.close()
             if self._credit <= 0:
@@ -260,14 +284,30 @@ class Task:
             if per_chunk:
                 self._start_timeout()
 
+    def _tell_pace(self, *, waits: bool) -> None:
+        now = time.monotonic()
+        told, told_at = self._paced
+        if waits != told or now - told_at > PACE:
+            self._paced = waits, now
+            self._host.send(wire.PACE, self.call_id, wire.pack_pace(waits))
+
     def _wait_for_credit(self) -> None:
         if self._credit_came is None:
             self._credit_came = Event()
+        # A reader that keeps up gives more in a moment: its stream is said to wait only after that.
+        patience = math.inf if self.client_id is None else PACE
         while self._credit <= 0:
             self._credit_came.clear()
             remaining = self._remaining()
-            if not self._credit_came.wait(None if math.isinf(remaining) else max(remaining, 0.0)):
+            seconds = min(remaining, patience)
+            if self._credit_came.wait(None if math.isinf(seconds) else max(seconds, 0.0)):
+                continue
+            if remaining <= patience:
                 raise _Refused(self._callers_time_over(self.request.budget))
+            self._tell_pace(waits=True)
+            patience = math.inf
+        if patience == math.inf and self.client_id is not None:
+            self._tell_pace(waits=False)
 
     # What is sent.
 

@@ -80,7 +80,7 @@ class Watchdog:
         task = runner.task
         blocked = now - self._since
         if blocked >= TELL_AFTER:
-            # Safe here: while the app's code runs, the link to the arbiter is not in use.
+            # Safe here: while the app's code runs, neither the link nor a lane is in use.
             task.tell_blocked()
         if blocked >= self._blocked_after and not self._named:
             self._named = True

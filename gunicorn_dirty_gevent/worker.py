@@ -8,6 +8,7 @@ import signal
 import time
 import weakref
 from collections import deque
+from functools import partial
 from typing import Any
 
 import gevent
@@ -17,15 +18,21 @@ from gunicorn import util
 
 from . import app as apps
 from . import process, settings
+from .blob import few_left
 from .core import values, wire
 from .core.calls import AppTraits
 from .core.faults import Fault
 from .core.wire import Frame
 from .coroutines import Coroutines
+from .lane import MAX_PAYLOAD, Sender
 from .link import Link
 from .runner import Runner
 from .task import Answer, Task
 from .watchdog import Watchdog
+
+SILENCE = 0.0025
+"""Seconds without a word to the arbiter after which a worker that sends by its lanes says that its hub
+runs: half of what the dispatcher takes as a sign that it does not."""
 
 CLOSE_TIME = 1.0
 """Seconds that tasks get to run their `finally` blocks when the worker is told to end at once."""
@@ -58,6 +65,7 @@ class DirtyWorker:
         self._runners: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._spare: Runner | None = None
         self._link: Link | None = None
+        self._lanes: dict[int, Sender] = {}
         self._signals: deque[int] = deque()
         self._wake: Event | None = None
         self._draining = False
@@ -83,7 +91,8 @@ class DirtyWorker:
         blocked_after = settings.current.hub_blocked_after
         self._watchdog = Watchdog(self.log, self.pid, blocked_after, lambda: bool(self._tasks))
         self.coroutines = Coroutines(self.log, self.pid, blocked_after)
-        self._link = Link(sock, self._on_frames, self._on_close, wire.FrameDecoder(self.max_message))
+        decoder = wire.FrameDecoder(self.max_message + wire.ROUTE_SIZE)
+        self._link = Link(sock, self._on_frames, self._on_close, decoder, lanes=True)
         try:
             self._boot()
             self._serve()
@@ -227,11 +236,11 @@ class DirtyWorker:
 
     def _on_frames(self, link: Link, frames: list[Frame]) -> None:
         for kind, call_id, payload in frames:
-            if kind == wire.REQUEST:
-                task = Task(self, call_id, wire.unpack_request(payload))
-                self._tasks[call_id] = task
-                self._watchdog.arm()
-                self._run_task(task)
+            if kind == wire.ROUTED:
+                number, client_id, request = wire.unpack_routed(payload)
+                self._take(Task(self, call_id, request, client_id, self._lanes.get(number)))
+            elif kind == wire.REQUEST:
+                self._take(Task(self, call_id, wire.unpack_request(payload)))
             elif kind == wire.CANCEL:
                 if call_id in self._tasks:
                     self._tasks[call_id].cancel()
@@ -240,13 +249,26 @@ class DirtyWorker:
                     self._tasks[call_id].add_credit(wire.unpack_credit(payload))
             elif kind == wire.PING:
                 self.send(wire.PING, 0, b"")
+            elif kind == wire.LANE:
+                self._open_lane(payload)
             elif kind == wire.STOP:
                 self._draining = True
                 self._wake_up()
             else:
                 raise wire.WireError(f"the arbiter sent a frame of kind {kind:#x}")
 
-    def _run_task(self, task: Task) -> None:
+    def _open_lane(self, payload: wire.Payload) -> None:
+        number, descriptor = wire.unpack_lane(payload)
+        if descriptor is None:
+            return  # then its calls are answered by the link
+        if few_left(descriptor):
+            os.close(descriptor)
+            return
+        self._lanes[number] = Sender(self, descriptor, partial(self._lanes.__delitem__, number))
+
+    def _take(self, task: Task) -> None:
+        self._tasks[task.call_id] = task
+        self._watchdog.arm()
         spare, self._spare = self._spare, None
         runner = Runner() if spare is None or spare.dead else spare
         self._runners.add(runner)
@@ -264,6 +286,27 @@ class DirtyWorker:
     def send(self, kind: int, call_id: int, payload: Answer) -> None:
         assert self._link is not None
         self._link.send(wire.pack_parts(kind, call_id, payload))
+
+    def reply(self, task: Task, kind: int, payload: Answer) -> None:
+        """Send a frame of a task's to its caller: by its lane, or by the arbiter."""
+        lane = task.lane
+        if lane is not None:
+            if kind in wire.BY_LANE and isinstance(payload, bytes) and len(payload) <= MAX_PAYLOAD:
+                lane.send(task, kind, payload)
+                return
+            lane.flush()  # what it has sent before comes first
+            task.lane = None
+        self.send(kind, task.call_id, payload)
+
+    def sent_by_lane(self, ended: list[int], now: float) -> None:
+        """The kernel has frames that went by a lane, the last ones of these calls among them."""
+        assert self._link is not None
+        if ended:
+            # At once: the callers may be making their next calls already.
+            self._link.send(tuple(wire.pack_frame(wire.DONE, call_id) for call_id in ended))
+            self._link.flush()
+        elif now - self._link.flushed_at > SILENCE:
+            self.send(wire.PING, 0, b"")
 
     def ended(self, task: Task) -> None:
         del self._tasks[task.call_id]

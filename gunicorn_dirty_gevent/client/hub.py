@@ -13,9 +13,10 @@ from gevent.hub import Waiter
 from gevent.lock import BoundedSemaphore
 from gevent.socket import socket as _GeventSocket
 
-from ..blob import APART, apart, detach
-from ..core.mux import Call, Mux, Phase, nobody
-from ..core.wire import Frame, FrameDecoder, Payload
+from ..blob import APART, apart, detach, few_left
+from ..core.mux import BEHIND_LANES, Call, Mux, Phase, nobody
+from ..core.wire import LANE, Frame, FrameDecoder, Payload, WireError, unpack_lane
+from ..lane import Receiver
 from ..link import Link
 from .stock import StockChannel, probe
 
@@ -30,8 +31,9 @@ class HubChannel:
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
         self.stock: StockChannel | None = None
-        self._mux = Mux(socket_path, detach)
+        self._mux = Mux(socket_path, detach, lanes=True)
         self._link: Link | None = None
+        self._lanes: list[Receiver] = []  # of this link
         self._loop: Any = gevent.get_hub().loop
         self._connecting = False
 
@@ -109,6 +111,7 @@ class HubChannel:
         if self._link is not None:
             link, self._link = self._link, None
             link.close()
+            self._close_lanes()
             self._mux.lost("this client closed the connection", link.flushed)
         self._mux.refuse("this client closed the connection")
 
@@ -118,12 +121,15 @@ class HubChannel:
         if self._link is not None:
             self._link.sock.close()
             self._link = None
+        for lane in self._lanes:
+            lane.forget()
 
     def abandon(self) -> None:
         self.stock = None
         if self._link is not None:
             self._link.close()
             self._link = None
+        self._close_lanes()
 
     # The connection. Made in the hub, for its failure wakes greenlets.
 
@@ -157,20 +163,67 @@ class HubChannel:
             self._mux.refuse(f"cannot connect: {error.strerror or error}")
         else:
             # The arbiter sees to the size of answers; it has our trust.
-            self._link = Link(sock, self._on_frames, self._on_close, FrameDecoder(0xFFFFFFFF))
+            decoder = FrameDecoder(0xFFFFFFFF)
+            self._mux.takes_lanes = not few_left(sock.fileno())
+            self._link = Link(sock, self._on_frames, self._on_close, decoder, lanes=True)
             self._link.send(self._mux.connected())
 
     def _on_frames(self, link: Link, frames: list[Frame]) -> None:
         now = time.monotonic()
+        up_to_date = False
         for frame in frames:
+            if frame.kind == LANE:
+                self._open_lane(link, frame.payload)
+                up_to_date = False
+                continue
+            if frame.kind in BEHIND_LANES and not up_to_date:
+                # Once: what was sent before any of these frames is there, as they are.
+                self._read_lanes()
+                up_to_date = True
             for parts in self._mux.receive(frame, now):
                 link.send(parts)
         self._move_on()
+
+    def _open_lane(self, link: Link, payload: Payload) -> None:
+        _, descriptor = unpack_lane(payload)
+        if descriptor is None:
+            raise WireError("the end of a lane was lost: this process has too many descriptors")
+        lane = Receiver(descriptor, self._on_lane_frames, self._on_lane_end)
+        if link is not self._link:  # a caller woken meanwhile has closed it
+            lane.close()
+            return
+        self._lanes.append(lane)
+        if few_left(descriptor):
+            # Leave it to others. The worker then answers by the link.
+            lane.shut()
+            self._read_lanes()  # to its end
+
+    def _on_lane_end(self, lane: Receiver, reason: str) -> None:
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+        if reason and self._link is not None:
+            self._link.end(reason)
+
+    def _on_lane_frames(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            self._mux.receive(frame, 0.0)  # of these kinds none is answered
+        self._move_on()
+
+    def _read_lanes(self) -> None:
+        frames = [frame for lane in list(self._lanes) for frame in lane.receive_all()]
+        if frames:
+            self._on_lane_frames(frames)
+
+    def _close_lanes(self) -> None:
+        lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            lane.close()
 
     def _move_on(self) -> None:
         if self._mux.moves_on and self._link is not None:
             link, self._link = self._link, None
             link.close("the arbiter hands over")
+            self._close_lanes()
             self._mux.lost("the arbiter hands over", link.flushed)
             self._connect_soon(0.0)
 
@@ -178,10 +231,14 @@ class HubChannel:
         if link is not self._link:
             return
         greeted = self._mux.phase is not Phase.GREETING
-        self._link = None
-        self._mux.lost(reason, link.flushed)
-        if self._mux.waiting:
-            self._connect_soon(0.0 if greeted else RETRY_PAUSE)
+        try:
+            self._read_lanes()
+        finally:
+            self._link = None
+            self._close_lanes()
+            self._mux.lost(reason, link.flushed)
+            if self._mux.waiting:
+                self._connect_soon(0.0 if greeted else RETRY_PAUSE)
 
 
 def _unix_socket() -> Any:
