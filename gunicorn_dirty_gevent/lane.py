@@ -70,6 +70,8 @@ class Host(Protocol):
 
     def send(self, kind: int, call_id: int, payload: bytes) -> None: ...
 
+    def about_to_answer(self, now: float) -> None: ...
+
     def sent_by_lane(self, ended: list[int], now: float) -> None: ...
 
 
@@ -116,12 +118,14 @@ class Sender:
         start = 0
         while start < len(waiting):
             end, packet = _packet(waiting, start)
+            ended = [task.call_id for task, kind, _ in waiting[start:end] if kind != wire.CHUNK]
+            if ended:
+                self._host.about_to_answer(now)
             try:
                 self._sock.send(packet)
             except OSError:
                 self._fall_back(waiting[start:])
                 return
-            ended = [task.call_id for task, kind, _ in waiting[start:end] if kind != wire.CHUNK]
             self._host.sent_by_lane(ended, now)
             start = end
 

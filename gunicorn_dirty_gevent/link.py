@@ -84,8 +84,9 @@ class Link:
         on_close: OnClose,
         decoder: Decoder,
         lanes: bool = False,
+        first: bool = False,
     ) -> None:
-        """`lanes`: the peer may send ends of lanes."""
+        """`lanes`: the peer may send ends of lanes. `first`: of what has come, this is read before others."""
         self.sock = sock
         self.decoder = decoder
         self.on_drained: Callable[[], None] | None = None
@@ -112,7 +113,8 @@ class Link:
         self._buffers = [self._buffer]
         self.refused = False
         """A write failed: the peer is gone, and what was sent since has not reached it."""
-        self._reader = self._loop.io(sock.fileno(), _READ)
+        priority = getattr(self._loop, "MAXPRI", None) if first else None
+        self._reader = self._loop.io(sock.fileno(), _READ, priority=priority)
         self._writer = self._loop.io(sock.fileno(), _WRITE)
         self._pause = self._loop.timer(_TOO_MANY_PAUSE)
         self._reader.start(self._readable)

@@ -143,7 +143,9 @@ class Router:
     def add_worker(self, key: int, sock: _socket.socket) -> None:
         frames = partial(self._on_worker_frames, key)
         closed = partial(self._on_worker_close, key)
-        self._workers[key] = Link(sock, frames, closed, FrameDecoder(self._options.max_message_size))
+        decoder = FrameDecoder(self._options.max_message_size)
+        # First: what a worker says before it answers by a lane is known when that caller's next call comes.
+        self._workers[key] = Link(sock, frames, closed, decoder, first=True)
 
     def stop_worker(self, key: int) -> None:
         """Send the worker nothing more, and have it end when it has finished."""

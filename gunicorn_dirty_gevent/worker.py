@@ -298,6 +298,14 @@ class DirtyWorker:
             task.lane = None
         self.send(kind, task.call_id, payload)
 
+    def about_to_answer(self, now: float) -> None:
+        """By a lane. The caller's next call may be placed before DONE is there, and must not find this worker
+        as silent as one whose hub is blocked."""
+        assert self._link is not None
+        if now - self._link.flushed_at > SILENCE:
+            self.send(wire.PING, 0, b"")
+            self._link.flush()
+
     def sent_by_lane(self, ended: list[int], now: float) -> None:
         """The kernel has frames that went by a lane, the last ones of these calls among them."""
         assert self._link is not None

@@ -40,6 +40,7 @@ class Lane:
         worker, client = lane.make()
         self.fell_back: list[tuple[int, int, bytes]] = []
         self.told: list[list[int]] = []
+        self.order: list[str] = []
         self.closed = 0
         self.got: list[wire.Frame] = []
         self.ended: list[str] = []
@@ -52,8 +53,12 @@ class Lane:
     def send(self, kind: int, call_id: int, payload: bytes) -> None:
         self.fell_back.append((kind, call_id, payload))
 
+    def about_to_answer(self, now: float) -> None:
+        self.order.append("about to answer")
+
     def sent_by_lane(self, ended: list[int], now: float) -> None:
         self.told.append(ended)
+        self.order.append("sent")
 
     def _on_close(self) -> None:
         self.closed += 1
@@ -109,6 +114,7 @@ def test_frames_arrive_under_the_clients_ids_and_ends_are_told(made: Lane) -> No
 def test_the_first_answer_of_a_turn_leaves_at_once(made: Lane) -> None:
     made.sender.send(made.task(1), wire.RESPONSE, b"now")
     assert made.told == [[1]]
+    assert made.order == ["about to answer", "sent"]
     assert [frame.payload for frame in made.read()] == [b"now"]
 
 
@@ -280,6 +286,25 @@ def test_a_reader_whose_code_fails_says_so(made: Lane, capsys: pytest.CaptureFix
     made.sender.send(made.task(1), wire.RESPONSE, b"x")
     until(lambda: made.ended, "the client to say so")
     assert "internal error" in made.ended[0] and "ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_a_link_that_is_first_is_read_first_whichever_became_ready_first() -> None:
+    order: list[str] = []
+    pairs = {name: socket.socketpair() for name in ("a", "first", "b")}
+    links = [
+        link.Link(
+            near, lambda *_, n=name: order.append(n), lambda *_: None, FrameDecoder(), first=name == "first"
+        )
+        for name, (near, _) in pairs.items()
+    ]
+    for _, far in pairs.values():
+        far.send(wire.pack_frame(wire.PING, 0))
+    until(lambda: len(order) == 3, "all")
+    assert order[0] == "first"
+    for one, (_, far) in zip(links, pairs.values(), strict=True):
+        one.close()
+        far.close()
+    gevent.get_hub().destroy(destroy_loop=True)
 
 
 # How an end travels.
