@@ -23,7 +23,7 @@ import gevent
 
 from .core import wire
 from .core.wire import Frame, FrameDecoder, WireError
-from .link import MAX_HOLD, READ_SIZE
+from .link import MAX_HOLD, read_buffer
 
 MAX_PAYLOAD = 65536
 """Bytes of the largest payload that goes by a lane. Two of them, and what is joined before them, are below
@@ -171,7 +171,7 @@ class Receiver:
         self._sock = _opened(descriptor)
         self._decoder = FrameDecoder(MAX_PAYLOAD, kinds=wire.BY_LANE)
         hub: Any = gevent.get_hub()
-        self._buffer = hub.__dict__.setdefault("_dirty_buffer", memoryview(bytearray(READ_SIZE)))
+        self._buffer = read_buffer(hub)
         self._watcher = hub.loop.io(self._sock.fileno(), _READ)
         self._watcher.start(self._readable)
         self._open = True

@@ -301,10 +301,7 @@ class DirtyWorker:
     def about_to_answer(self, now: float) -> None:
         """By a lane. The caller's next call may be placed before DONE is there, and must not find this worker
         as silent as one whose hub is blocked."""
-        assert self._link is not None
-        if now - self._link.flushed_at > SILENCE:
-            self.send(wire.PING, 0, b"")
-            self._link.flush()
+        self._break_silence(now)
 
     def sent_by_lane(self, ended: list[int], now: float) -> None:
         """The kernel has frames that went by a lane, the last ones of these calls among them."""
@@ -313,8 +310,14 @@ class DirtyWorker:
             # At once: the callers may be making their next calls already.
             self._link.send(tuple(wire.pack_frame(wire.DONE, call_id) for call_id in ended))
             self._link.flush()
-        elif now - self._link.flushed_at > SILENCE:
+        else:
+            self._break_silence(now)
+
+    def _break_silence(self, now: float) -> None:
+        assert self._link is not None
+        if now - self._link.flushed_at > SILENCE:
             self.send(wire.PING, 0, b"")
+            self._link.flush()
 
     def ended(self, task: Task) -> None:
         del self._tasks[task.call_id]

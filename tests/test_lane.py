@@ -204,7 +204,7 @@ def test_many_frames_of_one_turn_are_few_packets(made: Lane) -> None:
     for task in tasks:
         made.sender.send(task, wire.RESPONSE, bytes(4000))
     gevent.sleep(0)
-    sizes = [len(made.client.recv(lane.READ_SIZE)) for _ in range(4)]
+    sizes = [len(made.client.recv(link.READ_SIZE)) for _ in range(4)]
     assert sum(sizes[1:]) == 40 * (4000 + wire.HEADER_SIZE)
     assert max(sizes) <= lane.MAX_PAYLOAD
     with pytest.raises(BlockingIOError):
