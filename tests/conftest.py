@@ -44,9 +44,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def _use_own_temp_dir(config: pytest.Config) -> None:
     # Another test run on this machine must not look like a leak of this one.
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    # Short: Unix socket paths below it are limited to 107 bytes.
-    config.stash[temp_key] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="gdt-")
+    root = os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    # Short: Unix socket paths below it are limited to 107 bytes. Not below that of the process that
+    # started this one to run tests beside others: tests let other users in here.
+    config.stash[temp_key] = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="gdt-", dir=root)
     tempfile.tempdir = config.stash[temp_key]
 
 

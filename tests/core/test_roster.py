@@ -464,7 +464,11 @@ def test_reload_takes_the_limits_of_the_new_code():
     assert world.roster.minimum == 2
 
 
-@pytest.mark.parametrize("bad", [FAILS_AT_ONCE, FAILS_IN_INIT, Life(dies=0.5), Life(whole=False)], ids=repr)
+@pytest.mark.parametrize(
+    "bad",
+    [FAILS_AT_ONCE, FAILS_IN_INIT, Life(dies=0.5), Life(whole=False)],
+    ids=["at once", "in init", "while booting", "not whole"],
+)
 def test_a_reload_that_fails_keeps_the_old_and_says_so(bad):
     world = loaded(3)
     world.life = lambda spawn: bad

@@ -530,9 +530,11 @@ def test_a_queued_call_that_nobody_waits_for_never_runs(serial: Gunicorn, how: s
             wait_held(serial, name)
             if how == "kill":
                 serial.get(f"/spawn?action=run&name={name}")
-                # One connection: when this one has been refused, the other is in the queue.
+                # One connection: when this one has been refused, the other is in the queue...
                 failure(ask(serial, APP, "echo", 1, options={"timeout": 0.2}), "DirtyTimeoutError")
                 assert serial.get(f"/kill?name={name}").json() == {"result": True}
+                # ... and now its end has arrived, before that of the call that holds the slot.
+                failure(ask(serial, APP, "echo", 1, options={"timeout": 0.2}), "DirtyTimeoutError")
             else:
                 failure(ask(serial, APP, "run", name, options={"timeout": 0.2}), "DirtyTimeoutError")
         finally:
