@@ -174,7 +174,7 @@ class Router:
             elif kind == wire.PACE:
                 self.dispatcher.worker_paced(key, call_id, wire.unpack_pace(payload), now)
             elif kind == wire.PING:
-                self.dispatcher.worker_heard(key, now)
+                self.act(self.dispatcher.worker_heard(key, now))
             elif kind == wire.BLOCKED:
                 self.dispatcher.worker_blocked(key, call_id, now)
             elif kind in (wire.READY, wire.CLASSES, wire.STOP):

@@ -119,6 +119,10 @@ class Worker:
         self.heard = -math.inf  # when it last showed that its hub runs, or was given its only call
         self.pinged = False  # and has been asked since
 
+    @property
+    def has_room(self) -> bool:
+        return len(self.running) < self.slots and not self.draining
+
 
 class AppTraits(NamedTuple):
     """What a worker said of an app it has loaded."""

@@ -9,7 +9,6 @@ See `calls` for the states of a call.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +27,7 @@ from .calls import (
     Worker,
     Worn,
 )
+from .crew import Crew
 from .deadlines import Deadlines
 from .faults import Fault
 from .queues import Queue
@@ -46,16 +46,14 @@ BLOCKED_GRACE = 1.0
 """Seconds for which a worker's word counts that a call blocks its hub; it says so four times a second."""
 
 
+MOST_NAMED = 2
+"""Workers whose hubs do not run that are named to a caller: more would make no shorter night."""
+
+
 LANE_WORD = 0.005
 """Seconds (at least; it is looked at in slices) that a call for which there is no place waits to be refused,
 while answers go by lanes: its caller may have one already whose worker's word, by which the slot gets free,
 is still on its way here."""
-
-
-SILENCE = 0.005
-"""Seconds without a word from a worker after which calls go to others first, until it has answered a
-PING: an action that computes may keep its hub from running. Far above the time in which a free hub
-answers (some 0.1 ms), and as long as a small call may be late for the sake of a computing one."""
 
 
 class Dispatcher:
@@ -70,8 +68,7 @@ class Dispatcher:
         self._unready: dict[str, str] = {}
         self._clients: dict[Any, dict[int, Call]] = {}
         self._takes_lanes: set[Any] = set()
-        self._workers: OrderedDict[int, Worker] = OrderedDict()
-        """The one to be preferred is the last: see `_free_worker`."""
+        self._crew = Crew()
         self._deadlines: Deadlines[Call] = Deadlines()
         self._stopped = ""  # why, once nothing runs any more
 
@@ -79,7 +76,7 @@ class Dispatcher:
 
     @property
     def running(self) -> int:
-        return sum(len(worker.running) for worker in self._workers.values())
+        return sum(len(worker.running) for worker in self._crew)
 
     @property
     def queued(self) -> int:
@@ -92,7 +89,7 @@ class Dispatcher:
 
     def running_on(self, worker: int, *, awaited: bool = False) -> list[tuple[str, str]]:
         """App and action of what a worker is running; `awaited`: of that which a caller waits for."""
-        known = self._workers.get(worker)
+        known = self._crew.get(worker)
         calls = known.running.values() if known else ()
         wanted = [call.request for call in calls if not awaited or call.state is State.RUNNING]
         return [(request.app, request.action) for request in wanted]
@@ -113,15 +110,17 @@ class Dispatcher:
         call = Call(client, call_id, request, now)
         calls[call_id] = call
         pings: list[Action] = []
-        worker = None if queue else self._free_worker(request.app, now, pings)
-        if worker is not None:
-            return [*pings, *self._assign(call, worker, now)]
+        if not queue:
+            worker, asked = self._crew.choose(request.app, now)
+            pings = [self._ask(other) for other in asked]
+            if worker is not None:
+                return [*pings, *self._assign(call, worker, now)]
         full = queue.full_for(call)
         if full:
             return self._overflow(call, queue, full, now)
         queue.put(call)
         self._deadlines.set(call, call.deadline)
-        return []
+        return pings
 
     def takes_lanes(self, client: Any) -> None:
         """The client takes answers by lanes."""
@@ -137,22 +136,17 @@ class Dispatcher:
             return self._faults[request.app]
         most = self.limits.calls_per_client
         if others >= most and client in self._takes_lanes:
-            most += self._untold()
+            most += self._crew.untold()
         if others >= most:
             return faults.overloaded(
                 request.app, f"this client has {others} calls in flight (calls_per_connection)"
             )
         return None
 
-    def _untold(self, app: str = "") -> int:
-        """The most calls (of an app) that may have been answered without a word here yet."""
-        workers = self._workers.values()
-        return sum(len(w.running) for w in workers if w.laned and (not app or app in w.apps))
-
     def _overflow(self, call: Call, queue: Queue, why: str, now: float) -> list[Action]:
         """There is no place for the call, as far as is known here: see `LANE_WORD`."""
         fault = faults.overloaded(call.request.app, why)
-        if not queue.put_over(call, fault, self._untold(call.request.app)):
+        if not queue.put_over(call, fault, self._crew.untold(call.request.app)):
             return [self._end(call, fault)]
         self._deadlines.set(call, min(call.deadline, now + LANE_WORD))
         return []
@@ -215,8 +209,8 @@ class Dispatcher:
         max_calls: int = 0,
     ) -> list[Action]:
         """A worker takes calls for `apps`, `slots` at once, and is `Worn` after `max_calls` (0: never)."""
-        ready = self._workers[worker] = Worker(worker, pid, apps, slots, max_calls)
-        self._workers.move_to_end(worker, last=False)
+        ready = Worker(worker, pid, apps, slots, max_calls)
+        self._crew.add(ready)
         for app in apps:
             self._faults.pop(app, None)
             self._unready.pop(app, None)
@@ -225,7 +219,7 @@ class Dispatcher:
     def app_failed(self, app: str, fault: Fault) -> list[Action]:
         """A worker could not load the app. If no other has it, its callers get the app's own error,
         now and until a worker loads it."""
-        if self._has(app):
+        if self._crew.of(app):
             return []
         self._faults[app] = fault
         calls = self._queues[app].waiting()
@@ -234,21 +228,21 @@ class Dispatcher:
     def not_ready(self, apps: Iterable[str], why: str) -> None:
         """A worker ended before it could serve these apps; what is told of calls that wait in vain."""
         for app in apps:
-            if not self._has(app):
+            if not self._crew.of(app):
                 self._unready[app] = why
 
     def worker_draining(self, worker: int) -> None:
         """Give the worker nothing new; it is going to stop when its calls have ended."""
-        if worker in self._workers:
-            self._workers[worker].draining = True
+        known = self._crew.get(worker)
+        if known is not None:
+            known.draining = True
 
     def frame_from_worker(
         self, worker: int, kind: int, call_id: int, payload: Payload, now: float
     ) -> list[Action]:
         """A CHUNK, or a last frame (RESPONSE, ERROR, END), or DONE: the last has gone by a lane."""
-        known = self._workers.get(worker)
-        if known is not None:
-            call = known.running.get(call_id) if known else None
+        known = self._crew.get(worker)
+        call = known.running.get(call_id) if known else None
         if known is None or call is None:
             self.late_frames += 1
             return []
@@ -266,7 +260,7 @@ class Dispatcher:
         del known.running[call_id]
         if (kind == wire.ERROR or not wanted) and not known.running:
             # Of busy ones the cold end comes first, so there it is not sent.
-            self._workers.move_to_end(worker, last=False)
+            self._crew.least_wanted(known)
         self._deadlines.drop(call)
         call.state = State.ENDED
         actions: list[Action] = []
@@ -278,11 +272,13 @@ class Dispatcher:
 
     def not_by_lane(self, worker: int, call_id: int) -> None:
         """For a call that was assigned there is no lane."""
-        self._workers[worker].running[call_id].laned = False
+        known = self._crew.get(worker)
+        if known is not None:
+            known.running[call_id].laned = False
 
     def worker_paced(self, worker: int, call_id: int, waits: bool, now: float) -> None:
         """A worker says that chunks of a stream have gone by its lane; does it wait for its reader?"""
-        known = self._workers.get(worker)
+        known = self._crew.get(worker)
         call = known.running.get(call_id) if known else None
         if known is None or call is None:
             return
@@ -297,9 +293,10 @@ class Dispatcher:
     def undelivered(self, worker: int, call_id: int, now: float) -> list[Action]:
         """A call that was assigned has certainly not reached its worker, which is gone: its end will
         be told. The call goes elsewhere."""
-        known = self._workers[worker]
-        known.draining = True
-        call = known.running.pop(call_id, None)
+        known = self._crew.get(worker)
+        if known is not None:
+            known.draining = True
+        call = known.running.pop(call_id, None) if known else None
         if call is None:
             return []
         self._deadlines.drop(call)
@@ -310,21 +307,23 @@ class Dispatcher:
         self._requeue(call)
         return self._fill_all(now)
 
-    def worker_heard(self, worker: int, now: float) -> None:
+    def worker_heard(self, worker: int, now: float) -> list[Action]:
         """A worker has said, asked by a PING or not, that its hub runs."""
-        known = self._workers.get(worker)
-        if known is not None:
-            known.heard, known.pinged = now, False
+        known = self._crew.get(worker)
+        if known is None:
+            return []
+        known.heard, known.pinged = now, False
+        return self._fill(known, now)
 
     def worker_blocked(self, worker: int, call_id: int, now: float) -> None:
         """A worker says that this call keeps its hub from running."""
-        known = self._workers.get(worker)
+        known = self._crew.get(worker)
         if known is not None:
             known.blocked_by, known.blocked_at = call_id, now
 
     def worker_lost(self, worker: int, how: str, now: float) -> list[Action]:
         """The worker is dead; `how` in words ("was killed by SIGKILL")."""
-        lost = self._workers.pop(worker, None)
+        lost = self._crew.remove(worker)
         if lost is None:
             return []
         actions: list[Action] = []
@@ -384,8 +383,14 @@ class Dispatcher:
 
     def _queue_timeout(self, call: Call, now: float) -> Fault:
         request = call.request
-        holders = [w for w in self._workers.values() if request.app in w.apps and not w.draining]
-        if holders:
+        holders = self._crew.of(request.app)
+        free = [worker for worker in holders if worker.has_room]
+        if free:
+            hubs = ", ".join(self._kept_hub(worker, now) for worker in free[:MOST_NAMED])
+            why = (
+                f"of {len(holders)} workers {len(free)} had a free slot, but their hubs did not run ({hubs})"
+            )
+        elif holders:
             slots = sum(worker.slots for worker in holders)
             why = f"all {slots} slots of {len(holders)} workers were busy (dirty_workers, dirty_threads)"
         else:
@@ -393,6 +398,13 @@ class Dispatcher:
             why = f"no dirty worker was ready with this app ({reason})"
         waited = now - call.enqueued
         return faults.queue_timeout(request.app, request.action, waited, why, ran=call.attempts > 0)
+
+    @staticmethod
+    def _kept_hub(worker: Worker, now: float) -> str:
+        call = worker.running.get(worker.blocked_by)
+        if call is None or now - worker.blocked_at > BLOCKED_GRACE:
+            return f"dirty worker {worker.pid} said nothing"
+        return f"{call.request.app}.{call.request.action} keeps the hub of dirty worker {worker.pid}"
 
     def _overdue(self, call: Call, now: float) -> list[Action]:
         """A call at a worker has passed the caller's deadline, its own time limit, or both."""
@@ -466,41 +478,10 @@ class Dispatcher:
 
     # Placing calls.
 
-    def _has(self, app: str) -> bool:
-        return any(app in worker.apps and not worker.draining for worker in self._workers.values())
-
-    def _free_worker(self, app: str, now: float, pings: list[Action]) -> Worker | None:
-        """The least loaded worker with the app and a free slot; one that is silent comes last, and is
-        asked in `pings` whether its hub runs.
-
-        Of idle ones, the last that was given a call: its memory is in the caches, which of 64 workers in
-        turn would be no one's. (But not one whose last call failed or was given up by its caller: if it
-        fails every call, it must not get them all.) Of equally busy ones, that which was given one longest
-        ago.
-        """
-        best: Worker | None = None
-        least = (True, -1)
-        asked: list[Worker] = []
-        several = len(self._workers) > 1
-        for worker in reversed(self._workers.values()):
-            load = len(worker.running)
-            if worker.draining or load >= worker.slots or app not in worker.apps:
-                continue
-            if not load:  # none is better, and of many workers one mostly is
-                best = worker
-                asked.clear()
-                break
-            silent = several and now - worker.heard > SILENCE
-            if silent and not worker.pinged:
-                asked.append(worker)
-            if best is None or (silent, load) <= least:
-                best, least = worker, (silent, load)
-        for worker in asked:
-            worker.pinged = True
-            pings.append(Forward(worker.key, wire.PING, 0, b""))
-        if best is not None and several:
-            self._workers.move_to_end(best.key)
-        return best
+    def _ask(self, worker: Worker) -> Forward:
+        """Whether its hub runs."""
+        worker.pinged = True
+        return Forward(worker.key, wire.PING, 0, b"")
 
     def _assign(self, call: Call, worker: Worker, now: float) -> list[Action]:
         request = call.request
@@ -526,21 +507,35 @@ class Dispatcher:
         return [assign, Worn(worker.key, f"it has served max_requests ({worker.max_calls})")]
 
     def _fill(self, worker: Worker, now: float) -> list[Action]:
-        """Give a worker's free slots to the calls that have waited longest."""
+        """Give a worker that has just been heard of those calls that have waited longest: one, and more only
+        while no other has less to do. For that one may keep its hub, and others may be heard of in a moment;
+        if not, it gets the next when it has answered once more."""
         actions: list[Action] = []
-        while not worker.draining and len(worker.running) < worker.slots:
+        given = False
+        while worker.has_room:
             call = self._oldest(worker)
             if call is None:
                 break
             if call.deadline <= now:
                 actions.append(self._end(call, self._queue_timeout(call, now)))
                 continue
+            if given and not self._crew.least_loaded(worker, call.request.app):
+                if not worker.pinged:
+                    actions.append(self._ask(worker))
+                break
+            given = True
             self._leave_queue(call, State.RUNNING)
             actions += self._assign(call, worker, now)
         return actions
 
     def _fill_all(self, now: float) -> list[Action]:
-        return [action for worker in list(self._workers.values()) for action in self._fill(worker, now)]
+        actions: list[Action] = []
+        for worker in self._crew:
+            if not self._crew.silent(worker, now):
+                actions += self._fill(worker, now)
+            elif worker.has_room and not worker.pinged and self._oldest(worker):
+                actions.append(self._ask(worker))
+        return actions
 
     def _oldest(self, worker: Worker) -> Call | None:
         best: Call | None = None

@@ -17,8 +17,9 @@ from gunicorn_dirty_gevent.core.calls import (
     Reply,
     Worn,
 )
+from gunicorn_dirty_gevent.core.crew import SILENCE
 from gunicorn_dirty_gevent.core.deadlines import SLICE
-from gunicorn_dirty_gevent.core.dispatch import KILL_GRACE, REPLY_GRACE, SILENCE, Dispatcher
+from gunicorn_dirty_gevent.core.dispatch import KILL_GRACE, REPLY_GRACE, Dispatcher
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
 PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})
@@ -70,7 +71,7 @@ def play(table, apps=("a", "b"), limits=LIMITS):
 def is_empty(dispatcher):
     assert not any(dispatcher._clients.values())
     assert not any(len(queue) or queue.bytes for queue in dispatcher._queues.values())
-    assert not any(worker.running for worker in dispatcher._workers.values())
+    assert not any(worker.running for worker in dispatcher._crew)
     assert len(dispatcher._deadlines) == 0
     assert dispatcher.next_deadline() is None
     return dispatcher.idle and dispatcher.queued == dispatcher.running == 0
@@ -993,31 +994,91 @@ def test_a_worker_that_has_said_a_word_takes_its_share_again(word):
     )
 
 
-def test_silent_workers_get_calls_when_no_other_has_a_slot():
-    play(
-        [
-            (0, ("worker_ready", 1, *ready(slots=2)), []),
-            (0, ("worker_ready", 2, *ready(slots=1)), []),
-            (0, ("submit", "c", 1, request()), ["assign w1#1 go 10"]),
-            (LATER, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
-            (LATER, ("submit", "c", 3, request()), ["forward w1#0 PING", "assign w1#2 go 10"]),
-            (LATER, ("submit", "c", 4, request()), []),  # waits
-        ]
-    )
+def test_with_a_slot_only_in_a_silent_worker_a_call_waits_for_its_word_or_another_slot():
+    rows = [
+        (0, ("worker_ready", 1, *ready(slots=2)), []),
+        (0, ("worker_ready", 2, *ready(slots=1)), []),
+        (0, ("submit", "c", 1, request()), ["assign w1#1 go 10"]),
+        (LATER, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+        (LATER, ("submit", "c", 3, request(budget=1)), ["forward w1#0 PING"]),
+        (LATER, ("submit", "c", 4, request()), []),
+    ]
+    play([*rows, (LATER, ("worker_heard", 1), ["assign w1#2 go 1"])])
+    play([*rows, (LATER, answer(2, 1), ["reply c#2 RESPONSE", "assign w2#2 go 1"])])
 
 
-def test_all_silent_workers_are_asked_and_the_least_loaded_is_taken():
+def test_all_silent_workers_are_asked_and_the_first_to_answer_gets_the_call():
     play(
         two(
             (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (0, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
-            (
-                LATER,
-                ("submit", "c", 4, request()),
-                ["forward w1#0 PING", "forward w2#0 PING", "assign w2#2 go 10"],
-            ),
+            (LATER, ("submit", "c", 4, request()), ["forward w1#0 PING", "forward w2#0 PING"]),
+            (LATER, ("worker_heard", 1), ["assign w1#3 go 10"]),
+            (LATER, ("worker_heard", 2), []),
         )
     )
+
+
+def test_what_waits_for_a_word_is_shared():
+    """The first that answers gets one call, and more only while it has less to do than others, which may
+    answer in a moment; and again when it has answered again."""
+    play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request()), ["forward w2#0 PING", "forward w1#0 PING"]),
+            *((9, ("submit", "c", number, request()), []) for number in range(4, 9)),
+            (9, ("worker_heard", 1), ["assign w1#2 go 10", "forward w1#0 PING"]),
+            (9, ("worker_heard", 2), ["assign w2#2 go 10", "assign w2#3 go 10", "forward w2#0 PING"]),
+            (9, ("worker_heard", 1), ["assign w1#3 go 10", "assign w1#4 go 10", "forward w1#0 PING"]),
+            # A call's end is as good a word.
+            (9, answer(2, 1), ["reply c#2 RESPONSE", "assign w2#4 go 10"]),
+            (9, ("worker_heard", 1), []),
+        )
+    )
+
+
+def test_the_last_worker_is_not_asked():
+    play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request()), ["forward w2#0 PING", "forward w1#0 PING"]),
+            (9, ("submit", "c", 4, request()), []),
+            (
+                9,
+                ("worker_lost", 2, "was killed"),
+                ["refuse c#2 DirtyWorkerDiedError ran?", "assign w1#2 go 10", "assign w1#3 go 10"],
+            ),
+            (99, ("submit", "c", 5, request()), ["assign w1#4 go 10"]),
+        )
+    )
+
+
+def test_a_lost_workers_calls_wait_for_the_word_of_others():
+    play(
+        two(
+            (0, ("worker_ready", 3, *ready(slots=9)), []),
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (0, ("submit", "c", 3, request(action="safe")), ["assign w3#1 safe 10"]),
+            (9, ("worker_lost", 3, "was killed"), ["forward w1#0 PING", "forward w2#0 PING"]),
+            (9, ("worker_heard", 2), ["assign w2#2 safe 1"]),
+        )
+    )
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_call_that_no_hub_ran_for_is_told_so(said):
+    said = [(9.9, ("worker_blocked", 1, 1), [])] if said else []
+    _, (refusal,) = play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request(budget=1)), ["forward w2#0 PING", "forward w1#0 PING"]),
+            *said,
+            (10 + SLICE, ("tick",), ["refuse c#3 DirtyTimeoutError not run"]),
+        )
+    )
+    message = refusal.fault["message"]
+    assert message.endswith("it has not run")
+    assert ("a.burn keeps the hub of dirty worker 1000" in message) == bool(said)
 
 
 def test_an_idle_worker_is_not_silent():

@@ -47,7 +47,7 @@ def assert_empty(dispatcher):
     """Nothing of any call is left."""
     assert not any(dispatcher._clients.values())
     assert not any(len(queue) or queue.bytes for queue in dispatcher._queues.values())
-    assert not any(worker.running for worker in dispatcher._workers.values())
+    assert not any(worker.running for worker in dispatcher._crew)
     assert len(dispatcher._deadlines) == 0
     assert dispatcher.idle and dispatcher.queued == dispatcher.running == 0
 
@@ -74,7 +74,8 @@ class ModelWorker:
         self.slots = slots
         self.draining = False
         self.stuck = False
-        self.asked = False  # whether its hub runs
+        self.asked = False  # whether its hub runs, since it was last heard of
+        self.pings = 0  # to which it has not answered yet
         self.running = {}  # id on its link -> Submitted
         self.ids = set()
         self.worn = 0
@@ -123,6 +124,7 @@ class DispatcherMachine(RuleBasedStateMachine):
                 worker = self.workers[action.worker]
                 assert worker.running and not worker.draining and not worker.asked
                 worker.asked = True
+                worker.pings += 1
             elif isinstance(action, Forward):
                 assert action.call_id in self.workers[action.worker].running
                 if action.kind == wire.CANCEL:
@@ -283,8 +285,8 @@ class DispatcherMachine(RuleBasedStateMachine):
             worker.words.append((wire.DONE if call.answered else wire.PACE, call_id))
             return
         self.told(key)  # what was sent before
-        if worker.asked and kind == wire.CHUNK:
-            self.dispatcher.worker_heard(key, self.now)
+        if worker.pings and kind == wire.CHUNK:
+            self.pong(key)
         worker.asked = False
         call = worker.running[call_id]
         if call not in self.waiting.values():
@@ -293,6 +295,17 @@ class DispatcherMachine(RuleBasedStateMachine):
             del worker.running[call_id]
         payload = b"%d" % call.number
         self.carry_out(self.dispatcher.frame_from_worker(key, kind, call_id, payload, self.now))
+
+    @rule(which=st.integers(0, 3))
+    def answers_ping(self, which):
+        asked = [key for key, worker in self.workers.items() if worker.pings]
+        if asked:
+            self.pong(asked[which % len(asked)])
+
+    def pong(self, key):
+        self.workers[key].pings -= 1
+        self.workers[key].asked = False
+        self.carry_out(self.dispatcher.worker_heard(key, self.now))
 
     @rule(which=st.integers(0, 3), count=st.integers(1, 5), waits=st.booleans())
     def words(self, which, count, waits):
@@ -395,7 +408,9 @@ class DispatcherMachine(RuleBasedStateMachine):
         queued = [call for call in queued if call.number not in overflowing]
         free = [w for w in self.workers.values() if not w.draining and len(w.running) < w.slots]
         for call in queued:
-            assert not any(call.app in worker.apps for worker in free), "it waits beside a free slot"
+            places = [worker for worker in free if call.app in worker.apps]
+            assert all(worker.pings for worker in places), "it waits beside a free slot"
+            assert not places or len(self.workers) > 1, "it waits for the word of the only worker"
         first_time = Counter(call.app for call in queued if call.runs == 0)
         assert all(count <= self.limits.queue_calls for count in first_time.values())
 
@@ -669,7 +684,7 @@ class System:
     def from_worker(self, worker, frames):
         for frame in frames:
             if frame.kind == wire.PING:
-                self.dispatcher.worker_heard(worker.key, self.now)
+                self.act(self.dispatcher.worker_heard(worker.key, self.now))
             elif frame.kind == wire.PACE:
                 waits = wire.unpack_pace(frame.payload)
                 self.dispatcher.worker_paced(worker.key, frame.call_id, waits, self.now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from asking import app_source, ask, asking, path, wait_ready
+from asking import app_source, ask, asking, failure, path, wait_ready
 from support.gunicorn import Gunicorn
 
 APP = "tasks:App"
@@ -46,7 +46,7 @@ def test_no_call_waits_for_a_worker_that_computes_while_another_is_free() -> Non
         both = wait_ready(gunicorn, 2)
         with asking(gunicorn, [path(APP, "spin", "spin")]) as calls:
             spinning = int(gunicorn.wait_log(r"^spinning in (\d+)$").group(1))
-            # One call at a time goes to the idle worker. This one lasts longer than `dispatch.SILENCE`.
+            # One call at a time goes to the idle worker. This one lasts longer than `crew.SILENCE`.
             assert ask(gunicorn, APP, "nap", 0.05) != spinning
             assert gunicorn.get("/small?n=100", timeout=30).json()["result"] == [
                 pid for pid in both if pid != spinning
@@ -56,6 +56,37 @@ def test_no_call_waits_for_a_worker_that_computes_while_another_is_free() -> Non
             assert calls[0].result(20) == spinning
         # Then it takes its share again.
         assert sorted(gunicorn.get("/small?n=100", timeout=30).json()["result"]) == sorted(both)
+
+
+def test_of_busy_workers_that_have_been_silent_the_one_whose_hub_runs_gets_the_call() -> None:
+    with Gunicorn(app_source(VIEWS), TASKS, SETTINGS) as gunicorn:
+        both = wait_ready(gunicorn, 2)
+        spins, nap = path(APP, "spin", "one"), path(APP, "nap", 5)
+        with asking(gunicorn, [spins, nap, nap, nap]) as calls:
+            spinning = int(gunicorn.wait_log(r"^spinning in (\d+)$").group(1))
+            (other,) = set(both) - {spinning}
+            # By load alone it would be the computing one, which has no more calls than the other.
+            assert {ask(gunicorn, APP, "nap", 0) for _ in range(50)} == {other}
+            assert not calls[0].done()
+            (gunicorn.dir / "release-one").touch()
+
+
+def test_where_no_hub_runs_a_call_waits_for_the_first_that_does() -> None:
+    with Gunicorn(app_source(VIEWS), TASKS, SETTINGS) as gunicorn:
+        both = wait_ready(gunicorn, 2)
+        with asking(gunicorn, [path(APP, "spin", name) for name in "ab"]) as calls:
+            held = {int(gunicorn.wait_log(rf"^spinning in ({pid})$").group(1)) for pid in both}
+            assert held == set(both)
+            said = failure(ask(gunicorn, APP, "nap", 0, options={"timeout": 1.5}), "DirtyTimeoutError")
+            assert said.may_have_run is False
+            assert "of 2 workers 2 had a free slot, but their hubs did not run" in said.message
+            assert "tasks:App.spin keeps the hub of dirty worker" in said.message
+            with asking(gunicorn, [path(APP, "nap", 0)] * 3) as waiting:
+                (gunicorn.dir / "release-b").touch()
+                freed = calls[1].result(20)
+                assert [call.result(20) for call in waiting] == [freed] * 3
+            assert not calls[0].done()
+            (gunicorn.dir / "release-a").touch()
 
 
 def test_calls_that_wait_in_a_worker_do_not_keep_others_from_it() -> None:
