@@ -42,7 +42,7 @@ def test_the_first_command_runs_the_quickstart_and_the_second_the_tests():
     assert "cd examples/quickstart" in run
     assert "gunicorn -k gevent app:app" in run
     assert "curl" in run
-    assert tests.endswith("-m pytest")
+    assert tests.endswith("-m pytest -n 2")
 
 
 def test_ci_run_runs_ruff_mypy_and_sphinx_and_then_the_second_command(tmp_path):
