@@ -428,6 +428,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             for key, worker in list(self.workers.items()):
                 for call_id, call in list(worker.running.items()):
                     del worker.running[call_id]
+                    worker.asked = False
                     payload = b"%d" % call.number
                     actions = self.dispatcher.frame_from_worker(key, wire.END, call_id, payload, self.now)
                     self.carry_out(actions)
