@@ -12,9 +12,9 @@ class Settings:
     """Bounds of the dirty side. Reaching one is a clear error for the call that would cross it."""
 
     queue_size: int = 16384
-    """Calls that may wait per app. Above the 12,000 that one connection may have in flight
-    (`calls_per_connection`), so that a single busy client meets its own bound first.
-    `DirtyOverloadedError` beyond."""
+    """Calls that may wait per app, beside those for which there are free slots. Above the 12,000 that one
+    connection may have in flight (`calls_per_connection`), so that a single busy client meets its own bound
+    first. `DirtyOverloadedError` beyond."""
 
     queue_bytes: int = 256 * 1024 * 1024
     """Bytes of waiting requests per app: what bounds the arbiter's memory when arguments are large. Two of

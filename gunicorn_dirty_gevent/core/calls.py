@@ -90,16 +90,17 @@ class Worker:
 
     __slots__ = (
         "apps",
+        "asked_at",
         "blocked_at",
         "blocked_by",
         "draining",
+        "grant",
         "heard",
         "key",
         "laned",
         "last_id",
         "max_calls",
         "pid",
-        "pinged",
         "running",
         "slots",
     )
@@ -117,7 +118,8 @@ class Worker:
         self.blocked_by = 0  # the call that it last said blocks its hub
         self.blocked_at = -math.inf
         self.heard = -math.inf  # when it last showed that its hub runs, or was given its only call
-        self.pinged = False  # and has been asked since
+        self.asked_at: float | None = None  # whether its hub runs; not answered yet
+        self.grant = 1  # calls that it gets with a prompt answer, though others have less to do
 
     @property
     def has_room(self) -> bool:

@@ -3,13 +3,12 @@
 An action that computes may keep its worker's hub from running, and a call that is given to that worker then
 waits for the action's end. So with several workers a call goes to one that is idle or has been heard of a
 moment ago (`SILENCE`). Where there is none, all that have a free slot are asked (PING), and the call waits
-for the first that answers. A free hub does in some 0.1 ms; where no hub is free, it would be no quicker at
-one of the workers.
+for the first that answers, some 0.1 ms where a hub is free. Where all hubs turn slowly, that may be a turn
+later than by a guess that is right, and is earlier than by one that is wrong.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -19,6 +18,12 @@ SILENCE = 0.005
 """Seconds without a word from a worker that has calls, after which it gets others only when it has answered
 a PING. Far above the time in which a free hub answers (some 0.1 ms), and as long as a small call may be late
 for the sake of a computing one."""
+
+PROMPT = 0.1
+"""Seconds within which a worker answers promptly. While it does, it gets twice as many of the waiting calls
+each time (`Worker.grant`), and so takes up a burst in a few turns of its hub. One that its calls keep for
+longer gets them one by one, and leaves the others to whoever is free first. Calls that are given together thus
+wait for one another about twice this, at most, if they compute."""
 
 
 class Crew:
@@ -54,9 +59,16 @@ class Crew:
         workers = self._workers.values()
         return sum(len(w.running) for w in workers if w.laned and (not app or app in w.apps))
 
-    def silent(self, worker: Worker, now: float) -> bool:
-        """Whether the worker is to be asked before it gets a call."""
-        return bool(worker.running) and worker.heard < now - SILENCE and len(self._workers) > 1
+    def must_ask(self, worker: Worker, app: str, now: float) -> bool:
+        """Whether the worker is to be asked before it gets a call for the app: it is silent, and not the only
+        one that has it."""
+        return bool(worker.running) and worker.heard < now - SILENCE and len(self.of(app)) > 1
+
+    def heard(self, worker: Worker, now: float) -> int:
+        """It has said, asked or not, that its hub runs. Of calls that wait it is to get so many at least."""
+        asked_at, worker.asked_at = worker.asked_at, None
+        worker.heard = now
+        return worker.grant if asked_at is not None and now - asked_at <= PROMPT else 1
 
     def choose(self, app: str, now: float) -> tuple[Worker | None, list[Worker]]:
         """The least loaded worker with the app and a free slot, of those that are not silent; and which
@@ -69,26 +81,30 @@ class Crew:
         """
         best: Worker | None = None
         least = 0
-        asked: list[Worker] = []
-        heard_since = now - SILENCE if len(self._workers) > 1 else -math.inf
+        silent: list[Worker] = []
         for worker in reversed(self._workers.values()):
             load = len(worker.running)
             if worker.draining or load >= worker.slots or app not in worker.apps:
                 continue
             if not load:  # none is better, and of many workers one mostly is
                 best = worker
-                asked.clear()
+                silent.clear()
                 break
-            if worker.heard < heard_since:
-                if not worker.pinged:
-                    asked.append(worker)
+            if worker.heard < now - SILENCE:
+                silent.append(worker)
             elif best is None or load <= least:
                 best, least = worker, load
+        if best is None and len(silent) == 1 and len(self.of(app)) == 1:
+            best = silent.pop()  # nothing is won by asking
         if best is not None:
             self._workers.move_to_end(best.key)
-        return best, asked
+        return best, [worker for worker in silent if worker.asked_at is None]
+
+    def room(self, app: str) -> int:
+        """Free slots, silent workers' too."""
+        return sum(worker.slots - len(worker.running) for worker in self.of(app))
 
     def least_loaded(self, worker: Worker, app: str) -> bool:
-        """Whether no other that takes calls for the app, silent or not, has fewer."""
+        """Whether no other with the app and a free slot, silent or not, has fewer calls."""
         load = len(worker.running)
-        return all(len(other.running) >= load for other in self.of(app))
+        return all(len(other.running) >= load or not other.has_room for other in self.of(app))

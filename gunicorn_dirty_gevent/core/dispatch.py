@@ -47,7 +47,7 @@ BLOCKED_GRACE = 1.0
 
 
 MOST_NAMED = 2
-"""Workers whose hubs do not run that are named to a caller: more would make no shorter night."""
+"""Of workers whose hubs do not run, so many are named to a caller; one line is to say it."""
 
 
 LANE_WORD = 0.005
@@ -112,12 +112,12 @@ class Dispatcher:
         pings: list[Action] = []
         if not queue:
             worker, asked = self._crew.choose(request.app, now)
-            pings = [self._ask(other) for other in asked]
+            pings = [self._ask(other, now) for other in asked]
             if worker is not None:
                 return [*pings, *self._assign(call, worker, now)]
         full = queue.full_for(call)
-        if full:
-            return self._overflow(call, queue, full, now)
+        if full and queue.full_for(call, self._crew.room(request.app)):
+            return [*pings, *self._overflow(call, queue, full, now)]
         queue.put(call)
         self._deadlines.set(call, call.deadline)
         return pings
@@ -246,7 +246,7 @@ class Dispatcher:
         if known is None or call is None:
             self.late_frames += 1
             return []
-        known.heard, known.pinged = now, False
+        known.heard = now
         wanted = call.state is State.RUNNING
         if kind == wire.CHUNK:
             if not wanted:
@@ -282,7 +282,7 @@ class Dispatcher:
         call = known.running.get(call_id) if known else None
         if known is None or call is None:
             return
-        known.heard, known.pinged = now, False
+        known.heard = now
         if call.state is not State.RUNNING:
             return
         call.progress = now
@@ -312,8 +312,7 @@ class Dispatcher:
         known = self._crew.get(worker)
         if known is None:
             return []
-        known.heard, known.pinged = now, False
-        return self._fill(known, now)
+        return self._fill(known, now, self._crew.heard(known, now))
 
     def worker_blocked(self, worker: int, call_id: int, now: float) -> None:
         """A worker says that this call keeps its hub from running."""
@@ -384,12 +383,11 @@ class Dispatcher:
     def _queue_timeout(self, call: Call, now: float) -> Fault:
         request = call.request
         holders = self._crew.of(request.app)
-        free = [worker for worker in holders if worker.has_room]
-        if free:
-            hubs = ", ".join(self._kept_hub(worker, now) for worker in free[:MOST_NAMED])
-            why = (
-                f"of {len(holders)} workers {len(free)} had a free slot, but their hubs did not run ({hubs})"
-            )
+        silent = [w for w in holders if w.has_room and self._crew.must_ask(w, request.app, now)]
+        if silent:
+            hubs = ", ".join(sorted(self._kept_hub(worker, now) for worker in silent)[-MOST_NAMED:])
+            count = len(silent)
+            why = f"of {len(holders)} workers {count} had a free slot, but their hubs did not run ({hubs})"
         elif holders:
             slots = sum(worker.slots for worker in holders)
             why = f"all {slots} slots of {len(holders)} workers were busy (dirty_workers, dirty_threads)"
@@ -478,9 +476,10 @@ class Dispatcher:
 
     # Placing calls.
 
-    def _ask(self, worker: Worker) -> Forward:
+    @staticmethod
+    def _ask(worker: Worker, now: float, grant: int = 1) -> Forward:
         """Whether its hub runs."""
-        worker.pinged = True
+        worker.asked_at, worker.grant = now, grant
         return Forward(worker.key, wire.PING, 0, b"")
 
     def _assign(self, call: Call, worker: Worker, now: float) -> list[Action]:
@@ -494,7 +493,7 @@ class Dispatcher:
         worker.last_id += 1
         call.worker_id = worker.last_id
         if not worker.running:
-            worker.heard, worker.pinged = now, False
+            worker.heard = now
         worker.running[call.worker_id] = call
         self._watch(call)
         assign = Assign(worker.key, call.worker_id, request, call.deadline - now)
@@ -506,12 +505,12 @@ class Dispatcher:
             return [assign]
         return [assign, Worn(worker.key, f"it has served max_requests ({worker.max_calls})")]
 
-    def _fill(self, worker: Worker, now: float) -> list[Action]:
-        """Give a worker that has just been heard of those calls that have waited longest: one, and more only
-        while no other has less to do. For that one may keep its hub, and others may be heard of in a moment;
-        if not, it gets the next when it has answered once more."""
+    def _fill(self, worker: Worker, now: float, least: int = 1) -> list[Action]:
+        """Give a worker that has just been heard of those calls that have waited longest: `least`, and more
+        while no other has less to do. For these may keep its hub, and others may be heard of in a moment; if
+        not, it gets the next when it has answered once more."""
         actions: list[Action] = []
-        given = False
+        given = 0
         while worker.has_room:
             call = self._oldest(worker)
             if call is None:
@@ -519,11 +518,11 @@ class Dispatcher:
             if call.deadline <= now:
                 actions.append(self._end(call, self._queue_timeout(call, now)))
                 continue
-            if given and not self._crew.least_loaded(worker, call.request.app):
-                if not worker.pinged:
-                    actions.append(self._ask(worker))
+            if given >= least and not self._crew.least_loaded(worker, call.request.app):
+                if worker.asked_at is None:
+                    actions.append(self._ask(worker, now, 2 * given))
                 break
-            given = True
+            given += 1
             self._leave_queue(call, State.RUNNING)
             actions += self._assign(call, worker, now)
         return actions
@@ -531,10 +530,13 @@ class Dispatcher:
     def _fill_all(self, now: float) -> list[Action]:
         actions: list[Action] = []
         for worker in self._crew:
-            if not self._crew.silent(worker, now):
+            call = self._oldest(worker)
+            if call is None or not worker.has_room:
+                continue
+            if not self._crew.must_ask(worker, call.request.app, now):
                 actions += self._fill(worker, now)
-            elif worker.has_room and not worker.pinged and self._oldest(worker):
-                actions.append(self._ask(worker))
+            elif worker.asked_at is None:
+                actions.append(self._ask(worker, now))
         return actions
 
     def _oldest(self, worker: Worker) -> Call | None:

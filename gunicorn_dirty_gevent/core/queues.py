@@ -24,11 +24,11 @@ class Queue:
         """The calls that have a place."""
         return len(self._calls)
 
-    def full_for(self, call: Call) -> str:
-        """Why the call cannot wait; "" if it can."""
+    def full_for(self, call: Call, room: int = 0) -> str:
+        """Why the call cannot wait; "" if it can. `room`: so many more may, for whom there are slots."""
         if self._calls and self.bytes + len(call.request.payload) > self._limits.queue_bytes:
             return f"its queue holds {self.bytes} bytes of requests (queue_bytes)"
-        if len(self._calls) >= self._limits.queue_calls:
+        if len(self._calls) >= self._limits.queue_calls + room:
             return f"its queue is full with {len(self._calls)} calls (queue_size)"
         return ""
 

@@ -17,7 +17,7 @@ from gunicorn_dirty_gevent.core.calls import (
     Reply,
     Worn,
 )
-from gunicorn_dirty_gevent.core.crew import SILENCE
+from gunicorn_dirty_gevent.core.crew import PROMPT, SILENCE
 from gunicorn_dirty_gevent.core.deadlines import SLICE
 from gunicorn_dirty_gevent.core.dispatch import KILL_GRACE, REPLY_GRACE, Dispatcher
 
@@ -980,16 +980,16 @@ def test_a_silent_worker_is_asked_once_and_gets_calls_last():
     "word", [("worker_heard", 1), ("frame_from_worker", 1, wire.CHUNK, 1, b"")], ids=["pong", "chunk"]
 )
 def test_a_worker_that_has_said_a_word_takes_its_share_again(word):
-    said = [] if word[0] == "worker_heard" else ["reply c#1 CHUNK"]
+    said, asked = ([], ["forward w1#0 PING"]) if word[0] == "worker_heard" else (["reply c#1 CHUNK"], [])
     play(
         two(
             (LATER, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (LATER, ("submit", "c", 3, request()), ["forward w1#0 PING", "assign w2#2 go 10"]),
             (LATER, word, said),
             (LATER, ("submit", "c", 4, request()), ["assign w1#2 go 10"]),
-            # Until it has been silent again for as long.
+            # Until it has been silent again for as long. (It is not asked twice before it has answered.)
             (3 * LATER, ("frame_from_worker", 2, wire.RESPONSE, 1, b""), ["reply c#2 RESPONSE"]),
-            (3 * LATER, ("submit", "c", 5, request()), ["forward w1#0 PING", "assign w2#3 go 10"]),
+            (3 * LATER, ("submit", "c", 5, request()), [*asked, "assign w2#3 go 10"]),
         )
     )
 
@@ -1063,6 +1063,78 @@ def test_a_lost_workers_calls_wait_for_the_word_of_others():
             (9, ("worker_heard", 2), ["assign w2#2 safe 1"]),
         )
     )
+
+
+def test_a_prompt_answer_doubles_what_a_worker_gets():
+    def given(first, last):
+        return [f"assign w1#{number} go 10" for number in range(first, last + 1)]
+
+    play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request(budget=10)), ["forward w2#0 PING", "forward w1#0 PING"]),
+            *((9, ("submit", "c", number, request()), []) for number in range(4, 40)),
+            (9, ("worker_heard", 1), [*given(2, 2), "forward w1#0 PING"]),
+            (9, ("worker_heard", 1), [*given(3, 4), "forward w1#0 PING"]),
+            (9, ("worker_heard", 1), [*given(5, 8), "forward w1#0 PING"]),
+        )
+    )
+
+
+def test_a_late_answer_does_not():
+    late = 9 + 1.01 * PROMPT
+    play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request(budget=99)), ["forward w2#0 PING", "forward w1#0 PING"]),
+            *((9, ("submit", "c", number, request(budget=99)), []) for number in range(4, 7)),
+            (9, ("worker_heard", 1), ["assign w1#2 go 99", "forward w1#0 PING"]),
+            (late, ("worker_heard", 1), ["assign w1#3 go 98.899", "forward w1#0 PING"]),
+            (late, ("worker_heard", 1), ["assign w1#4 go 98.899", "assign w1#5 go 98.899"]),
+        )
+    )
+
+
+def test_calls_for_which_there_are_slots_are_none_too_many():
+    _, (refusal,) = play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request()), ["forward w2#0 PING", "forward w1#0 PING"]),
+            *((9, ("submit", "c", number, request()), []) for number in range(4, 21)),
+            (9, ("submit", "c", 21, request()), ["refuse c#21 DirtyOverloadedError not run"]),
+        ),
+        limits=LIMITS._replace(queue_calls=2),
+    )
+    assert "its queue is full with 18 calls" in refusal.fault["message"]
+
+
+def test_the_only_worker_with_an_app_is_not_asked():
+    play(
+        [
+            (0, ("worker_ready", 1, *ready("a", slots=9)), []),
+            (0, ("worker_ready", 2, *ready("a", "b", slots=9)), []),
+            (0, ("submit", "c", 1, request("b")), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 2, request("b")), ["assign w2#2 go 10"]),
+            (9, ("worker_draining", 1), []),
+            (99, ("submit", "c", 3, request("a")), ["assign w2#3 go 10"]),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "heard",
+    [answer(1, 1), ("worker_heard", 1), ("worker_ready", 2, *ready())],
+    ids=["an answer", "a word", "a new worker"],
+)
+def test_a_late_call_is_not_told_of_hubs_when_its_worker_has_just_been_heard(heard):
+    table = [*RUNS, (0, submit(2, budget=1), [])]
+    dispatcher, _ = play(table)
+    actions = do(dispatcher, 1.01, heard)
+    if heard[0] == "worker_heard":
+        assert actions == []
+        return
+    (refusal,) = [action for action in actions if isinstance(action, Refuse)]
+    assert "slots of" in refusal.fault["message"]
 
 
 @pytest.mark.parametrize("said", [False, True])
