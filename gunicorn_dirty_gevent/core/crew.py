@@ -22,8 +22,8 @@ for the sake of a computing one."""
 PROMPT = 0.1
 """Seconds within which a worker answers promptly. While it does, it gets twice as many of the waiting calls
 each time (`Worker.grant`), and so takes up a burst in a few turns of its hub. One that its calls keep for
-longer gets them one by one, and leaves the others to whoever is free first. Calls that are given together thus
-wait for one another about twice this, at most, if they compute."""
+longer gets them one by one, and leaves the others to whoever is free first. Calls that are given together
+thus wait for one another about twice this, at most, if they compute."""
 
 
 class Crew:
