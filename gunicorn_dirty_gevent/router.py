@@ -302,7 +302,7 @@ class Router:
         link = self._workers[worker]
         link.send(wire.repack_request(call_id, request, budget, route))
         if link.refused:
-            self.act(self.dispatcher.undelivered(worker, call_id, time.monotonic()))
+            self.act(self.dispatcher.undelivered(worker, call_id, request, time.monotonic()))
 
     def _pass_credit(self, action: calls.Forward) -> None:
         """A worker whose link is busy gets the sum: for a call that is answered by a lane a client may send

@@ -46,6 +46,11 @@ BLOCKED_GRACE = 1.0
 """Seconds for which a worker's word counts that a call blocks its hub; it says so four times a second."""
 
 
+KEPT = 4096
+"""Bytes of the largest request that is kept while its call runs, though the call will not run again: more
+than most have. Letting go costs 0.8 us."""
+
+
 MOST_NAMED = 2
 """Of workers whose hubs do not run, so many are named to a caller; one line is to say it."""
 
@@ -290,9 +295,9 @@ class Dispatcher:
         call.credit = 0 if waits else wire.STREAM_WINDOW
         self._watch(call)
 
-    def undelivered(self, worker: int, call_id: int, now: float) -> list[Action]:
+    def undelivered(self, worker: int, call_id: int, request: Request, now: float) -> list[Action]:
         """A call that was assigned has certainly not reached its worker, which is gone: its end will
-        be told. The call goes elsewhere."""
+        be told. The call, of this request, goes elsewhere."""
         known = self._crew.get(worker)
         if known is not None:
             known.draining = True
@@ -304,6 +309,7 @@ class Dispatcher:
             call.state = State.ENDED
             return []
         call.attempts -= 1
+        call.request = request
         self._requeue(call)
         return self._fill_all(now)
 
@@ -501,6 +507,9 @@ class Dispatcher:
         if call.client in self._takes_lanes and not (request.stream and call.traits.idempotent):
             call.laned = worker.laned = True
             assign = assign._replace(client=call.client, client_id=call.client_id)
+        if len(request.payload) > KEPT and not call.traits.idempotent:
+            # Its memory, and perhaps a descriptor, is not to be held while the action runs.
+            call.request = request._replace(payload=b"", body_at=0)
         if worker.last_id != worker.max_calls:
             return [assign]
         return [assign, Worn(worker.key, f"it has served max_requests ({worker.max_calls})")]

@@ -19,7 +19,7 @@ from gunicorn_dirty_gevent.core.calls import (
 )
 from gunicorn_dirty_gevent.core.crew import PROMPT, SILENCE
 from gunicorn_dirty_gevent.core.deadlines import SLICE
-from gunicorn_dirty_gevent.core.dispatch import KILL_GRACE, REPLY_GRACE, Dispatcher
+from gunicorn_dirty_gevent.core.dispatch import KEPT, KILL_GRACE, REPLY_GRACE, Dispatcher
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
 PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})
@@ -943,6 +943,39 @@ def test_a_cancelled_request_is_let_go_at_once():
     assert sys.getrefcount(mine) > sys.getrefcount(alone)
     do(dispatcher, 0.0, ("cancel", "c", 20))
     assert sys.getrefcount(mine) == sys.getrefcount(alone)
+
+
+LARGE = b"x" * (KEPT + 1)
+
+
+def test_a_large_request_is_not_held_while_its_call_runs():
+    dispatcher, (assign,) = play([W1, (0, submit(1, body=LARGE), ["assign w1#1 go 10"])])
+    assert bytes(assign.request.body) == LARGE
+    held = dispatcher._clients["c"][1].request
+    assert (held.app, held.action, held.payload) == ("a", "go", b"")
+
+
+@pytest.mark.parametrize("body", [b"x", LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("lost", ["undelivered", "worker"])
+def test_a_call_that_goes_elsewhere_takes_its_request_along(body, lost):
+    action = "go" if lost == "undelivered" else "safe"
+    dispatcher, (assign,) = play([W1, (0, submit(1, action=action, body=body), [f"assign w1#1 {action} 10"])])
+    if lost == "undelivered":
+        assert do(dispatcher, 1, ("undelivered", 1, 1, assign.request)) == []
+    assert do(dispatcher, 1, ("worker_lost", 1, "was killed")) == []
+    (again,) = do(dispatcher, 2, ("worker_ready", 2, *ready("a")))
+    assert bytes(again.request.body) == body
+    (reply,) = do(dispatcher, 3, answer(2, 1))
+    assert show(reply) == "reply c#1 RESPONSE" and is_empty(dispatcher)
+
+
+def test_an_undelivered_call_that_its_caller_has_given_up_just_ends():
+    dispatcher, (assign,) = play(RUNS)
+    do(dispatcher, 1, ("cancel", "c", 1))
+    assert do(dispatcher, 1, ("undelivered", 1, 1, assign.request)) == []
+    assert do(dispatcher, 1, ("undelivered", 1, 1, assign.request)) == []
+    assert do(dispatcher, 1, ("worker_lost", 1, "was killed")) == []
+    assert is_empty(dispatcher)
 
 
 # Workers whose hub may not be running.

@@ -38,6 +38,9 @@ class App(DirtyApp):
 
     @gunicorn_dirty_gevent.action(idempotent=True)
     def size(self, data, name):
+        return self.size_once(data, name)
+
+    def size_once(self, data, name):
         print(f"holding {name} in {os.getpid()}", flush=True)
         while not os.path.exists(f"release-{name}"):
             time.sleep(0.005)
@@ -63,7 +66,8 @@ def blocks(environ, query):
 @route("/size")
 def size(environ, query):
     data = b"x" * int(query["size"])
-    return {"result": get_dirty_client().execute("tasks:App", "size", data, query["name"])}
+    action = query.get("action", "size")
+    return {"result": get_dirty_client().execute("tasks:App", action, data, query["name"])}
 """
 
 SETTINGS = {"dirty_apps": [APP], "dirty_workers": 1, "dirty_threads": 4, "dirty_timeout": 30}
@@ -149,6 +153,18 @@ def test_bodies_that_wait_are_descriptors_in_the_arbiter_and_leave_with_their_ca
             assert bodies(gunicorn.http_worker_pids()[0]) == 0
             (gunicorn.dir / "release-many").touch()
             assert [call.result(20) for call in calls] == [EDGE + n for n in range(20)]
+        wait_none_left(gunicorn)
+
+
+def test_the_body_of_a_call_that_runs_once_is_held_by_nobody_while_it_runs() -> None:
+    with started() as gunicorn:
+        paths = [f"/size?action=size_once&name=once&size={EDGE + n}" for n in range(7)]
+        with asking(gunicorn, paths) as calls:
+            wait_until(lambda: gunicorn.log_text().count("holding once") == 4, 15, "4 calls")
+            wait_bodies(gunicorn, 3)  # of those that wait
+            assert not any(bodies(pid) for pid in gunicorn.dirty_worker_pids() + gunicorn.http_worker_pids())
+            (gunicorn.dir / "release-once").touch()
+            assert [call.result(20) for call in calls] == [EDGE + n for n in range(7)]
         wait_none_left(gunicorn)
 
 
