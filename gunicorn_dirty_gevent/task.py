@@ -47,7 +47,7 @@ class Host(Protocol):
 PACE = 0.1
 """Seconds after which the arbiter, which does not see the chunks, is told again that a stream goes on, or
 that it waits for its reader. Far below the time by which it is patient with a call that is over its limit
-(`dispatch.KILL_GRACE`)."""
+(`calls.KILL_GRACE`)."""
 
 _END = object()
 
@@ -226,7 +226,7 @@ class Task:
         try:
             args, kwargs = self._codec.loads_call(request.body)
         except values.UndecodableValue as error:
-            message = f"the arguments of {request.app}.{request.action} cannot be decoded: {error}"
+            message = f"the arguments of {request.name} cannot be decoded: {error}"
             raise _Refused(faults.protocol(message, may_have_run=False)) from error
         if isinstance(request.payload, wire.Detached):
             # Its memory is not to be held while the action runs.
@@ -235,7 +235,7 @@ class Task:
 
     def _known_as(self) -> tuple[str, Callable[[], None]]:
         """For `Coroutines`: the name, and how to say that it keeps the others from running."""
-        name = f"{self.request.app}.{self.request.action}"
+        name = self.request.name
         return name, lambda: self._host.send(wire.BLOCKED, self.call_id, b"")
 
     # Streams.
@@ -247,7 +247,7 @@ class Task:
         try:
             if not self.request.stream:
                 message = (
-                    f"{self.request.app}.{self.request.action} returned {type(result).__name__}, an "
+                    f"{self.request.name} returned {type(result).__name__}, an "
                     "iterator: call it with client.stream()"
                 )
                 raise _Refused(faults.protocol(message, may_have_run=True))
@@ -327,10 +327,10 @@ class Task:
         try:
             payload = self._codec.dumps_body(value, place)
         except values.UnencodableValue as error:
-            message = f"{request.app}.{request.action} ran, but its answer was not sent: {error}"
+            message = f"{request.name} ran, but its answer was not sent: {error}"
             raise _Refused(faults.unencodable(message, request.app, request.action)) from error
         if len(payload) > self._host.max_message:
-            what = f"the {place} of {request.app}.{request.action}"
+            what = f"the {place} of {request.name}"
             limit = self._host.max_message
             raise _Refused(faults.message_too_large(what, len(payload), limit, ran=True))
         return payload

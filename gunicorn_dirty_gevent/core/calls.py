@@ -22,6 +22,13 @@ from . import wire
 from .faults import Fault
 from .wire import Payload, Request
 
+KILL_GRACE = 1.0
+"""Seconds past an action's own time limit (`dirty_timeout`) until its worker counts as stuck and is
+killed: the gentler ways to stop the action, the last after about 0.65 s, have failed by then."""
+
+BLOCKED_GRACE = 1.0
+"""Seconds for which a worker's word counts that a call blocks its hub; it says so four times a second."""
+
 
 class State(enum.Enum):
     ARRIVED = "arrived"
@@ -84,6 +91,14 @@ class Call:
         self.laned = False  # its answer goes by a lane: only what the worker tells of it is known here
         self.traits = ActionTraits(math.inf)
 
+    @property
+    def stuck_at(self) -> float:
+        """When its worker counts as stuck. A stream's limit counts from its last chunk, and stands still
+        while its reader has given it no credit."""
+        if self.credit <= 0 and self.state is State.RUNNING:
+            return math.inf
+        return self.progress + self.traits.timeout + KILL_GRACE
+
 
 class Worker:
     """A dirty worker that is ready for calls."""
@@ -115,7 +130,7 @@ class Worker:
         self.last_id = 0
         self.draining = False
         self.laned = False  # it has calls, or had, whose answers go by lanes
-        self.blocked_by = 0  # the call that it last said blocks its hub
+        self.blocked_by = 0  # the call that it last said blocks its hub, see `blocker`
         self.blocked_at = -math.inf
         self.heard = -math.inf  # when it last showed that its hub runs, or was given its only call
         self.asked_at: float | None = None  # whether its hub runs; not answered yet
@@ -124,6 +139,12 @@ class Worker:
     @property
     def has_room(self) -> bool:
         return len(self.running) < self.slots and not self.draining
+
+    def blocker(self, now: float) -> Call | None:
+        """The call that keeps the hub from running, and perhaps others from starting, if the worker has
+        just said so. (Code stuck in C says nothing.)"""
+        fresh = now - self.blocked_at <= BLOCKED_GRACE
+        return self.running.get(self.blocked_by) if fresh else None
 
 
 class AppTraits(NamedTuple):

@@ -8,12 +8,12 @@ See `calls` for the states of a call.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from . import faults, wire
 from .calls import (
+    BLOCKED_GRACE,
     Action,
     AppTraits,
     Assign,
@@ -37,23 +37,12 @@ REPLY_GRACE = 0.25
 """Seconds after a call's deadline until its caller is answered without its worker's word. The worker
 ends the call exactly at the deadline; this covers a worker whose hub is blocked for a moment."""
 
-KILL_GRACE = 1.0
-"""Seconds past an action's own time limit (`dirty_timeout`) until its worker counts as stuck and is
-killed: the gentler ways to stop the action, the last after about 0.65 s, have failed by then."""
-
-
-BLOCKED_GRACE = 1.0
-"""Seconds for which a worker's word counts that a call blocks its hub; it says so four times a second."""
-
-
 KEPT = 4096
 """Bytes of the largest request that is kept while its call runs, though the call will not run again: more
 than most have. Letting go costs 0.8 us."""
 
-
 MOST_NAMED = 2
 """Of workers whose hubs do not run, so many are named to a caller; one line is to say it."""
-
 
 LANE_WORD = 0.005
 """Seconds (at least; it is looked at in slices) that a call for which there is no place waits to be refused,
@@ -405,61 +394,44 @@ class Dispatcher:
 
     @staticmethod
     def _kept_hub(worker: Worker, now: float) -> str:
-        call = worker.running.get(worker.blocked_by)
-        if call is None or now - worker.blocked_at > BLOCKED_GRACE:
+        blocker = worker.blocker(now)
+        if blocker is None:
             return f"dirty worker {worker.pid} said nothing"
-        return f"{call.request.app}.{call.request.action} keeps the hub of dirty worker {worker.pid}"
+        return f"{blocker.request.name} keeps the hub of dirty worker {worker.pid}"
 
     def _overdue(self, call: Call, now: float) -> list[Action]:
         """A call at a worker has passed the caller's deadline, its own time limit, or both."""
         worker, request = call.worker, call.request
         assert worker is not None
-        waits = call.state is State.RUNNING
-        if self._stuck_at(call) <= now:
-            limit = call.traits.timeout
-            blocker = self._blocker(call, now)
-            if blocker is not None:
-                # Killing the worker now would cost a call that is within its own limit.
-                actions = self._hold_up(call, blocker, now) if waits else []
-                self._deadlines.set(call, now + BLOCKED_GRACE)
-                return actions
-            why = (
-                f"{request.app}.{request.action} ran past its limit of {limit:.6g} s and could not be stopped"
-            )
-            worker.draining = True
-            stuck = faults.stuck(request.app, request.action, limit, worker.pid, call.traits.limit)
-            return [*([self._answer(call, stuck)] if waits else []), Kill(worker.key, why)]
-        if waits and call.deadline + REPLY_GRACE <= now:
-            ran, blocks = now - call.enqueued, self._blocks(call, now)
-            held = blocks is not None and not call.answered
-            first = f"{blocks.request.app}.{blocks.request.action}" if blocks and held else None
-            late = faults.run_timeout(request.app, request.action, ran, worker.pid, first)
+        if call.stuck_at <= now:
+            return self._stuck(call, worker, now)
+        if call.state is State.RUNNING and call.deadline + REPLY_GRACE <= now:
+            first = None if call.answered else worker.blocker(now)
+            name = first.request.name if first is not None and first is not call else None
+            late = faults.run_timeout(request.app, request.action, now - call.enqueued, worker.pid, name)
             return [self._answer(call, late), *self._abandon(call, now)]
         self._watch(call)
         return []
 
-    def _blocks(self, call: Call, now: float) -> Call | None:
-        """The call that keeps the worker's hub from running, and perhaps this one from starting, if
-        the worker has just said so. (Code stuck in C says nothing.)"""
-        worker = call.worker
-        assert worker is not None
-        other = worker.running.get(worker.blocked_by)
-        if other is None or other is call or now - worker.blocked_at > BLOCKED_GRACE:
-            return None
-        return other
-
-    def _blocker(self, call: Call, now: float) -> Call | None:
-        """The same, if that call is within its own limit."""
-        other = self._blocks(call, now)
-        return other if other is not None and self._stuck_at(other) > now else None
-
-    def _hold_up(self, call: Call, blocker: Call, now: float) -> list[Action]:
-        worker, request = call.worker, call.request
-        assert worker is not None
-        first = f"{blocker.request.app}.{blocker.request.action}"
+    def _stuck(self, call: Call, worker: Worker, now: float) -> list[Action]:
+        """It has passed its own limit, and nothing gentler has stopped it."""
+        app, action = call.request.app, call.request.action
         timeout, _, limit = call.traits
-        fault = faults.held_up(request.app, request.action, timeout, worker.pid, limit, first)
-        return [self._answer(call, fault), *self._abandon(call, now)]
+        waits = call.state is State.RUNNING
+        actions: list[Action] = []
+        first = worker.blocker(now)
+        if first is not None and first.stuck_at > now:
+            # Killing the worker now would cost a call that is within its own limit.
+            if waits:
+                fault = faults.held_up(app, action, timeout, worker.pid, limit, first.request.name)
+                actions = [self._answer(call, fault), *self._abandon(call, now)]
+            self._deadlines.set(call, now + BLOCKED_GRACE)
+            return actions
+        worker.draining = True
+        if waits:
+            actions.append(self._answer(call, faults.stuck(app, action, timeout, worker.pid, limit)))
+        why = f"{call.request.name} ran past its limit of {timeout:.6g} s and could not be stopped"
+        return [*actions, Kill(worker.key, why)]
 
     def _answer(self, call: Call, fault: Fault) -> Refuse:
         """Answer the caller of a call that still holds its slot."""
@@ -467,15 +439,8 @@ class Dispatcher:
         call.state = State.ABANDONED
         return Refuse(call.client, call.client_id, fault)
 
-    def _stuck_at(self, call: Call) -> float:
-        """When the call's worker counts as stuck. A stream's limit counts from its last chunk, and
-        stands still while its reader has given it no credit."""
-        if call.credit <= 0 and call.state is State.RUNNING:
-            return math.inf
-        return call.progress + call.traits.timeout + KILL_GRACE
-
     def _watch(self, call: Call) -> None:
-        when = self._stuck_at(call)
+        when = call.stuck_at
         if call.state is State.RUNNING:
             when = min(when, call.deadline + REPLY_GRACE)
         self._deadlines.set(call, when)

@@ -214,6 +214,11 @@ class Request(NamedTuple):
     body_at: int
 
     @property
+    def name(self) -> str:
+        """What is called, for people."""
+        return f"{self.app}.{self.action}"
+
+    @property
     def stream(self) -> bool:
         return bool(self.flags & FLAG_STREAM)
 

@@ -7,6 +7,7 @@ import pytest
 
 from gunicorn_dirty_gevent.core import faults, wire
 from gunicorn_dirty_gevent.core.calls import (
+    KILL_GRACE,
     ActionTraits,
     AppTraits,
     Assign,
@@ -19,7 +20,7 @@ from gunicorn_dirty_gevent.core.calls import (
 )
 from gunicorn_dirty_gevent.core.crew import PROMPT, SILENCE
 from gunicorn_dirty_gevent.core.deadlines import SLICE
-from gunicorn_dirty_gevent.core.dispatch import KEPT, KILL_GRACE, REPLY_GRACE, Dispatcher
+from gunicorn_dirty_gevent.core.dispatch import KEPT, REPLY_GRACE, Dispatcher
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
 PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})

@@ -6,9 +6,9 @@ import pytest
 from test_dispatch import CREDIT, CREDIT_1, LIMITS, answer, do, is_empty, play, ready, request, submit
 
 from gunicorn_dirty_gevent.core import wire
-from gunicorn_dirty_gevent.core.calls import Forward
+from gunicorn_dirty_gevent.core.calls import KILL_GRACE, Forward
 from gunicorn_dirty_gevent.core.deadlines import SLICE
-from gunicorn_dirty_gevent.core.dispatch import KILL_GRACE, LANE_WORD, REPLY_GRACE
+from gunicorn_dirty_gevent.core.dispatch import LANE_WORD, REPLY_GRACE
 
 STUCK = 30.0 + KILL_GRACE
 LANES = (0.0, ("takes_lanes", "c"), [])
