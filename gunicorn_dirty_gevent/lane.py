@@ -16,14 +16,16 @@ from __future__ import annotations
 import _socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import gevent
 
+from .blob import Blob
 from .core import wire
 from .core.wire import Frame, FrameDecoder, WireError
-from .link import MAX_HOLD, read_buffer
+from .link import MAX_HOLD, Link, read_buffer
 
 MAX_PAYLOAD = 65536
 """Bytes of the largest payload that goes by a lane. Two of them, and what is joined before them, are below
@@ -40,7 +42,47 @@ _SEND_BUFFER = wire.STREAM_WINDOW
 """Bytes that the kernel is asked to hold of a lane, about a stream's window. It doubles that for what a
 packet costs beside its bytes (some 800), and gives no more than twice ``net.core.wmem_max`` (208 KiB)."""
 
+MOST = 64
+"""The most lanes of a worker: each is a descriptor there, of 1,024 that a process has by default. The
+answers to clients beyond them go by the arbiter."""
+
 _READ = 1  # gevent's io watcher event
+
+
+class Lanes:
+    """In the arbiter: which there are, between clients that take them and workers."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Link, dict[int, int]] = {}
+        self._counts: Counter[int] = Counter()  # by worker
+        self._last = 0
+
+    def admit(self, client: Link) -> None:
+        self._numbers.setdefault(client, {})
+
+    def between(self, client: Link, worker: int, link: Link) -> int:
+        """The number of a lane, made if there is none yet; 0 where there can be none."""
+        number = self._numbers[client].get(worker, 0)
+        if number or self._counts[worker] >= MOST:
+            return number
+        try:
+            ends = make()
+        except OSError:
+            return 0
+        self._last += 1
+        for of, end in zip((link, client), ends, strict=True):
+            of.send(wire.pack_lane(self._last, Blob(end.detach(), 0)))
+        self._numbers[client][worker] = self._last
+        self._counts[worker] += 1
+        return self._last
+
+    def client_gone(self, client: Link) -> None:
+        self._counts.subtract(self._numbers.pop(client, {}).keys())
+
+    def worker_gone(self, worker: int) -> None:
+        del self._counts[worker]
+        for numbers in self._numbers.values():
+            numbers.pop(worker, None)
 
 
 def make() -> tuple[_socket.socket, _socket.socket]:

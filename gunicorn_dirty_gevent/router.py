@@ -14,11 +14,11 @@ from typing import Any, Protocol
 
 import gevent
 
-from . import desk, lane
-from .blob import Blob
+from . import desk
 from .codecs import CODECS
 from .core import calls, dialects, dispatch, faults, values, wire
 from .core.wire import Frame, FrameDecoder
+from .lane import Lanes
 from .link import PEER_GONE, Link
 from .listener import Listener
 from .settings import Settings
@@ -37,10 +37,6 @@ ACCEPT_PAUSE = 0.5
 """Seconds without accepting after the process ran out of descriptors."""
 
 _ACCEPTS_PER_TURN = 64
-
-LANES = 64
-"""The most lanes of a worker: each is a descriptor there, of 1,024 that a process has by default. The
-answers to clients beyond them go by us."""
 
 _OF_CALLS = frozenset((wire.CHUNK, wire.RESPONSE, wire.ERROR, wire.END, wire.DONE))
 
@@ -85,8 +81,7 @@ class Router:
         self._clients: dict[Link, int] = {}  # and the pid of who connected
         self._workers: dict[int, Link] = {}
         self._owed: dict[Link, list[tuple[int, int]]] = {}  # credit, once the kernel has the chunks
-        self._lanes: dict[Link, dict[int, int]] = {}  # of clients that take them: worker -> number
-        self._last_lane = 0
+        self._lanes = Lanes()
         self._credit: dict[int, dict[int, int]] = {}  # for calls of workers whose link is busy
         self._leaving: set[Link] = set()  # clients that have not confirmed a GOAWAY
         self._hand_over_by: float | None = None
@@ -160,8 +155,7 @@ class Router:
         link.close("the worker has ended")
         del self._workers[key]
         self._credit.pop(key, None)
-        for lanes in self._lanes.values():
-            lanes.pop(key, None)
+        self._lanes.worker_gone(key)
 
     # Workers.
 
@@ -238,7 +232,7 @@ class Router:
                 self._leaving.discard(link)
             elif kind == wire.HELLO:
                 if wire.unpack_hello(payload).flags & wire.HELLO_LANES:
-                    self._lanes.setdefault(link, {})
+                    self._lanes.admit(link)
                     dispatcher.takes_lanes(link)
                 hello = wire.pack_hello(self._options.max_message_size, wire.HELLO_DESCRIPTORS)
                 self._send(link, (hello,))
@@ -253,7 +247,7 @@ class Router:
 
     def _on_client_close(self, link: Link, reason: str) -> None:
         pid = self._clients.pop(link)
-        self._lanes.pop(link, None)
+        self._lanes.client_gone(link)
         self._leaving.discard(link)
         self._owed.pop(link, None)
         self.act(self.dispatcher.client_lost(link, time.monotonic()))
@@ -292,14 +286,13 @@ class Router:
 
     def _assign(self, assign: calls.Assign) -> None:
         worker, call_id, request, budget, client, client_id = assign
-        route = b""
+        link, route = self._workers[worker], b""
         if client is not None:
-            number = self._lanes[client].get(worker) or self._make_lane(client, worker)
+            number = self._lanes.between(client, worker, link)
             if number:
                 route = wire.pack_route(number, client_id)
             else:
                 self.dispatcher.not_by_lane(worker, call_id)
-        link = self._workers[worker]
         link.send(wire.repack_request(call_id, request, budget, route))
         if link.refused:
             self.act(self.dispatcher.undelivered(worker, call_id, request, time.monotonic()))
@@ -319,20 +312,6 @@ class Router:
     def _pay_worker(self, worker: int) -> None:
         for call_id, amount in self._credit.pop(worker, {}).items():
             self._workers[worker].send((wire.pack_credit(call_id, amount),))
-
-    def _make_lane(self, client: Link, worker: int) -> int:
-        """Give both the ends of a lane; its number, or 0 where none can be made."""
-        if sum(worker in lanes for lanes in self._lanes.values()) >= LANES:
-            return 0
-        try:
-            ends = lane.make()
-        except OSError:
-            return 0
-        self._last_lane += 1
-        for link, end in zip((self._workers[worker], client), ends, strict=True):
-            link.send(wire.pack_lane(self._last_lane, Blob(end.detach(), 0)))
-        self._lanes[client][worker] = self._last_lane
-        return self._last_lane
 
     def refuse(self, link: Link, call_id: int, fault: faults.Fault) -> None:
         """Answer with an error."""

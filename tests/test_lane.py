@@ -463,3 +463,52 @@ def test_what_is_no_answer_on_a_lane_ends_the_link(arbiter: Arbiter) -> None:
     until(lambda: arbiter.call.done, "the call to end")
     assert arbiter.call.fault is not None and "no whole frames" in arbiter.call.fault["message"]
     worker.close()
+
+
+class End:
+    """What the arbiter sends to one peer."""
+
+    def __init__(self) -> None:
+        self.sent: list[wire.Parts] = []
+
+    def send(self, parts: wire.Parts) -> None:
+        self.sent.append(parts)
+
+
+def test_the_arbiter_makes_one_lane_for_a_worker_and_a_client_and_not_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lane, "MOST", 2)
+    lanes: Any = lane.Lanes()
+    one, two = End(), End()
+    clients = [End() for _ in range(4)]
+    for client in clients:
+        lanes.admit(client)
+    assert [lanes.between(client, 1, one) for client in clients[:3]] == [1, 2, 0]
+    assert [lanes.between(client, 1, one) for client in clients[:3]] == [1, 2, 0]
+    assert [len(peer.sent) for peer in (one, *clients)] == [2, 1, 1, 0, 0]
+    # Each worker has its own.
+    assert [lanes.between(client, 2, two) for client in clients[1:]] == [3, 4, 0]
+    # Whose client has gone leaves room for another, at each of its workers.
+    lanes.client_gone(clients[1])
+    lanes.client_gone(End())  # one that took none
+    assert [lanes.between(client, 1, one) for client in clients[2:]] == [5, 0]
+    assert [lanes.between(client, 2, two) for client in clients[2:]] == [4, 6]
+    # A worker's next of that number begins anew.
+    lanes.worker_gone(1)
+    assert [lanes.between(clients[place], 1, one) for place in (0, 3, 2)] == [7, 8, 0]
+    assert lanes.between(clients[2], 2, two) == 4
+
+
+def test_without_descriptors_there_is_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> None:
+        raise OSError(24, "Too many open files")
+
+    lanes: Any = lane.Lanes()
+    client, worker = End(), End()
+    lanes.admit(client)
+    with monkeypatch.context() as patched:
+        patched.setattr(lane, "make", none_left)
+        assert lanes.between(client, 1, worker) == 0
+    assert not client.sent and not worker.sent
+    assert lanes.between(client, 1, worker) == 1
