@@ -168,7 +168,9 @@ class Router:
             elif kind == wire.PACE:
                 self.dispatcher.worker_paced(key, call_id, wire.unpack_pace(payload), now)
             elif kind == wire.PING:
-                self.act(self.dispatcher.worker_heard(key, now))
+                self.dispatcher.worker_heard(key, now)
+            elif kind == wire.PONG:
+                self.act(self.dispatcher.worker_answered(key, now))
             elif kind == wire.BLOCKED:
                 self.dispatcher.worker_blocked(key, call_id, now)
             elif kind in (wire.READY, wire.CLASSES, wire.STOP):

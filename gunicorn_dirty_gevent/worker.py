@@ -248,7 +248,8 @@ class DirtyWorker:
                 if call_id in self._tasks:
                     self._tasks[call_id].add_credit(wire.unpack_credit(payload))
             elif kind == wire.PING:
-                self.send(wire.PING, 0, b"")
+                # The calls before it have run until they ended or waited.
+                self.send(wire.PONG, 0, b"")
             elif kind == wire.LANE:
                 self._open_lane(payload)
             elif kind == wire.STOP:

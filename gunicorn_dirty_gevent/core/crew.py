@@ -59,13 +59,18 @@ class Crew:
         workers = self._workers.values()
         return sum(len(w.running) for w in workers if w.laned and (not app or app in w.apps))
 
+    @staticmethod
+    def silent(worker: Worker, now: float) -> bool:
+        return bool(worker.running) and worker.heard < now - SILENCE
+
     def must_ask(self, worker: Worker, app: str, now: float) -> bool:
         """Whether the worker is to be asked before it gets a call for the app: it is silent, and not the only
         one that has it."""
-        return bool(worker.running) and worker.heard < now - SILENCE and len(self.of(app)) > 1
+        return self.silent(worker, now) and len(self.of(app)) > 1
 
-    def heard(self, worker: Worker, now: float) -> int:
-        """It has said, asked or not, that its hub runs. Of calls that wait it is to get so many at least."""
+    @staticmethod
+    def answered(worker: Worker, now: float) -> int:
+        """It has answered the PING. Of calls that wait it is to get so many at least."""
         asked_at, worker.asked_at = worker.asked_at, None
         worker.heard = now
         return worker.grant if asked_at is not None and now - asked_at <= PROMPT else 1
@@ -90,7 +95,7 @@ class Crew:
                 best = worker
                 silent.clear()
                 break
-            if worker.heard < now - SILENCE:
+            if self.silent(worker, now):
                 silent.append(worker)
             elif best is None or load <= least:
                 best, least = worker, load

@@ -110,7 +110,7 @@ class Dispatcher:
             if worker is not None:
                 return [*pings, *self._assign(call, worker, now)]
         full = queue.full_for(call)
-        if full and queue.full_for(call, self._crew.room(request.app)):
+        if full and (queue.overflow or queue.full_for(call, self._crew.room(request.app))):
             return [*pings, *self._overflow(call, queue, full, now)]
         queue.put(call)
         self._deadlines.set(call, call.deadline)
@@ -302,12 +302,17 @@ class Dispatcher:
         self._requeue(call)
         return self._fill_all(now)
 
-    def worker_heard(self, worker: int, now: float) -> list[Action]:
-        """A worker has said, asked by a PING or not, that its hub runs."""
+    def worker_heard(self, worker: int, now: float) -> None:
+        """A worker has said, without being asked, that its hub runs. Calls that wait are not given to it now:
+        it has been asked then, and says so before each answer."""
         known = self._crew.get(worker)
-        if known is None:
-            return []
-        return self._fill(known, now, self._crew.heard(known, now))
+        if known is not None:
+            known.heard = now
+
+    def worker_answered(self, worker: int, now: float) -> list[Action]:
+        """A worker's hub has come to the PING."""
+        known = self._crew.get(worker)
+        return self._fill(known, now, self._crew.answered(known, now)) if known is not None else []
 
     def worker_blocked(self, worker: int, call_id: int, now: float) -> None:
         """A worker says that this call keeps its hub from running."""
@@ -378,9 +383,10 @@ class Dispatcher:
     def _queue_timeout(self, call: Call, now: float) -> Fault:
         request = call.request
         holders = self._crew.of(request.app)
-        silent = [w for w in holders if w.has_room and self._crew.must_ask(w, request.app, now)]
+        silent = [worker for worker in holders if worker.has_room and self._crew.silent(worker, now)]
         if silent:
-            hubs = ", ".join(sorted(self._kept_hub(worker, now) for worker in silent)[-MOST_NAMED:])
+            silent.sort(key=lambda worker: worker.blocker(now) is None)
+            hubs = ", ".join(self._kept_hub(worker, now) for worker in silent[:MOST_NAMED])
             count = len(silent)
             why = f"of {len(holders)} workers {count} had a free slot, but their hubs did not run ({hubs})"
         elif holders:
@@ -524,7 +530,10 @@ class Dispatcher:
 
     def _leave_queue(self, call: Call, state: State) -> None:
         call.state = state
-        self._queues[call.request.app].remove(call)
+        queue = self._queues[call.request.app]
+        queue.remove(call)
+        if queue.overflow:
+            queue.promote(self._crew.room(call.request.app))
         self._deadlines.drop(call)
 
     def _abandon(self, call: Call, now: float) -> list[Action]:

@@ -51,18 +51,19 @@ class Queue:
         return True
 
     def remove(self, call: Call) -> None:
-        """Its place is for the oldest of the overflow."""
         if self.overflow.pop(call, None) is not None:
             self._overflow_bytes -= len(call.request.payload)
-            return
-        del self._calls[call]
-        self.bytes -= len(call.request.payload)
+        else:
+            del self._calls[call]
+            self.bytes -= len(call.request.payload)
+
+    def promote(self, room: int) -> None:
+        """Give places to the oldest of the overflow; `room` as for `full_for`."""
         while self.overflow:
             call = next(iter(self.overflow))
-            if self.full_for(call):
+            if self.full_for(call, room):
                 return
-            del self.overflow[call]
-            self._overflow_bytes -= len(call.request.payload)
+            self.remove(call)
             self.put(call)
 
     def head(self) -> Call | None:

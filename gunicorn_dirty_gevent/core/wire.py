@@ -76,9 +76,10 @@ class Kind(enum.IntEnum):
     CLASSES = 0x20  # worker: what the app classes declare
     READY = 0x21  # worker: apps are loaded; from now on it takes calls
     BLOCKED = 0x23  # worker: this call keeps the hub from running
-    PING = 0x24  # arbiter: is your hub running? worker, asked or not: it is
+    PING = 0x24  # arbiter: is your hub running? worker, without being asked: it is
     DONE = 0x25  # worker: this call's last frame has gone by its lane
     PACE = 0x26  # worker: a stream has sent chunks by its lane, and goes on or waits for its reader
+    PONG = 0x27  # worker: the answer to a PING, and to all that came before it
     STOP = 0x22  # arbiter: finish what runs, then exit; worker: send me nothing more, I go
 
 
@@ -100,6 +101,7 @@ BLOCKED = int(Kind.BLOCKED)
 PING = int(Kind.PING)
 DONE = int(Kind.DONE)
 PACE = int(Kind.PACE)
+PONG = int(Kind.PONG)
 STOP = int(Kind.STOP)
 
 FLAG_STREAM = 0x01

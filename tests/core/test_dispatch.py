@@ -20,7 +20,7 @@ from gunicorn_dirty_gevent.core.calls import (
 )
 from gunicorn_dirty_gevent.core.crew import PROMPT, SILENCE
 from gunicorn_dirty_gevent.core.deadlines import SLICE
-from gunicorn_dirty_gevent.core.dispatch import KEPT, REPLY_GRACE, Dispatcher
+from gunicorn_dirty_gevent.core.dispatch import KEPT, LANE_WORD, REPLY_GRACE, Dispatcher
 
 LIMITS = Limits(queue_calls=100, queue_bytes=10**6, calls_per_client=100)
 PLAIN = AppTraits(ActionTraits(30.0), {"safe": ActionTraits(30.0, idempotent=True)})
@@ -1011,10 +1011,13 @@ def test_a_silent_worker_is_asked_once_and_gets_calls_last():
 
 
 @pytest.mark.parametrize(
-    "word", [("worker_heard", 1), ("frame_from_worker", 1, wire.CHUNK, 1, b"")], ids=["pong", "chunk"]
+    "word",
+    [("worker_answered", 1), ("worker_heard", 1), ("frame_from_worker", 1, wire.CHUNK, 1, b"")],
+    ids=["pong", "unasked", "chunk"],
 )
 def test_a_worker_that_has_said_a_word_takes_its_share_again(word):
-    said, asked = ([], ["forward w1#0 PING"]) if word[0] == "worker_heard" else (["reply c#1 CHUNK"], [])
+    said = ["reply c#1 CHUNK"] if word[0] == "frame_from_worker" else []
+    asked = ["forward w1#0 PING"] if word[0] == "worker_answered" else []
     play(
         two(
             (LATER, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
@@ -1037,7 +1040,7 @@ def test_with_a_slot_only_in_a_silent_worker_a_call_waits_for_its_word_or_anothe
         (LATER, ("submit", "c", 3, request(budget=1)), ["forward w1#0 PING"]),
         (LATER, ("submit", "c", 4, request()), []),
     ]
-    play([*rows, (LATER, ("worker_heard", 1), ["assign w1#2 go 1"])])
+    play([*rows, (LATER, ("worker_answered", 1), ["assign w1#2 go 1"])])
     play([*rows, (LATER, answer(2, 1), ["reply c#2 RESPONSE", "assign w2#2 go 1"])])
 
 
@@ -1047,8 +1050,8 @@ def test_all_silent_workers_are_asked_and_the_first_to_answer_gets_the_call():
             (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (0, ("submit", "c", 3, request()), ["assign w1#2 go 10"]),
             (LATER, ("submit", "c", 4, request()), ["forward w1#0 PING", "forward w2#0 PING"]),
-            (LATER, ("worker_heard", 1), ["assign w1#3 go 10"]),
-            (LATER, ("worker_heard", 2), []),
+            (LATER, ("worker_answered", 1), ["assign w1#3 go 10"]),
+            (LATER, ("worker_answered", 2), []),
         )
     )
 
@@ -1061,12 +1064,14 @@ def test_what_waits_for_a_word_is_shared():
             (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (9, ("submit", "c", 3, request()), ["forward w2#0 PING", "forward w1#0 PING"]),
             *((9, ("submit", "c", number, request()), []) for number in range(4, 9)),
-            (9, ("worker_heard", 1), ["assign w1#2 go 10", "forward w1#0 PING"]),
-            (9, ("worker_heard", 2), ["assign w2#2 go 10", "assign w2#3 go 10", "forward w2#0 PING"]),
-            (9, ("worker_heard", 1), ["assign w1#3 go 10", "assign w1#4 go 10", "forward w1#0 PING"]),
-            # A call's end is as good a word.
+            (9, ("worker_answered", 1), ["assign w1#2 go 10", "forward w1#0 PING"]),
+            (9, ("worker_answered", 2), ["assign w2#2 go 10", "assign w2#3 go 10", "forward w2#0 PING"]),
+            (9, ("worker_answered", 1), ["assign w1#3 go 10", "assign w1#4 go 10", "forward w1#0 PING"]),
+            # What it says without being asked gives it nothing, for it says so before each answer ...
+            (9, ("worker_heard", 2), []),
+            # ... but the slot that its answer frees.
             (9, answer(2, 1), ["reply c#2 RESPONSE", "assign w2#4 go 10"]),
-            (9, ("worker_heard", 1), []),
+            (9, ("worker_answered", 1), []),
         )
     )
 
@@ -1094,7 +1099,7 @@ def test_a_lost_workers_calls_wait_for_the_word_of_others():
             (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (0, ("submit", "c", 3, request(action="safe")), ["assign w3#1 safe 10"]),
             (9, ("worker_lost", 3, "was killed"), ["forward w1#0 PING", "forward w2#0 PING"]),
-            (9, ("worker_heard", 2), ["assign w2#2 safe 1"]),
+            (9, ("worker_answered", 2), ["assign w2#2 safe 1"]),
         )
     )
 
@@ -1108,9 +1113,9 @@ def test_a_prompt_answer_doubles_what_a_worker_gets():
             (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (9, ("submit", "c", 3, request(budget=10)), ["forward w2#0 PING", "forward w1#0 PING"]),
             *((9, ("submit", "c", number, request()), []) for number in range(4, 40)),
-            (9, ("worker_heard", 1), [*given(2, 2), "forward w1#0 PING"]),
-            (9, ("worker_heard", 1), [*given(3, 4), "forward w1#0 PING"]),
-            (9, ("worker_heard", 1), [*given(5, 8), "forward w1#0 PING"]),
+            (9, ("worker_answered", 1), [*given(2, 2), "forward w1#0 PING"]),
+            (9, ("worker_answered", 1), [*given(3, 4), "forward w1#0 PING"]),
+            (9, ("worker_answered", 1), [*given(5, 8), "forward w1#0 PING"]),
         )
     )
 
@@ -1122,9 +1127,9 @@ def test_a_late_answer_does_not():
             (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (9, ("submit", "c", 3, request(budget=99)), ["forward w2#0 PING", "forward w1#0 PING"]),
             *((9, ("submit", "c", number, request(budget=99)), []) for number in range(4, 7)),
-            (9, ("worker_heard", 1), ["assign w1#2 go 99", "forward w1#0 PING"]),
-            (late, ("worker_heard", 1), ["assign w1#3 go 98.899", "forward w1#0 PING"]),
-            (late, ("worker_heard", 1), ["assign w1#4 go 98.899", "assign w1#5 go 98.899"]),
+            (9, ("worker_answered", 1), ["assign w1#2 go 99", "forward w1#0 PING"]),
+            (late, ("worker_answered", 1), ["assign w1#3 go 98.899", "forward w1#0 PING"]),
+            (late, ("worker_answered", 1), ["assign w1#4 go 98.899", "assign w1#5 go 98.899"]),
         )
     )
 
@@ -1156,35 +1161,103 @@ def test_the_only_worker_with_an_app_is_not_asked():
 
 
 @pytest.mark.parametrize(
-    "heard",
-    [answer(1, 1), ("worker_heard", 1), ("worker_ready", 2, *ready())],
-    ids=["an answer", "a word", "a new worker"],
+    "heard", [answer(1, 1), ("worker_ready", 2, *ready())], ids=["an answer", "a new worker"]
 )
 def test_a_late_call_is_not_told_of_hubs_when_its_worker_has_just_been_heard(heard):
-    table = [*RUNS, (0, submit(2, budget=1), [])]
-    dispatcher, _ = play(table)
+    dispatcher, _ = play([*RUNS, (0, submit(2, budget=1), [])])
     actions = do(dispatcher, 1.01, heard)
-    if heard[0] == "worker_heard":
-        assert actions == []
-        return
     (refusal,) = [action for action in actions if isinstance(action, Refuse)]
     assert "slots of" in refusal.fault["message"]
 
 
-@pytest.mark.parametrize("said", [False, True])
-def test_a_call_that_no_hub_ran_for_is_told_so(said):
-    said = [(9.9, ("worker_blocked", 1, 1), [])] if said else []
+def test_one_that_was_left_with_the_only_worker_is_told_of_its_hub():
     _, (refusal,) = play(
         two(
             (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
             (9, ("submit", "c", 3, request(budget=1)), ["forward w2#0 PING", "forward w1#0 PING"]),
-            *said,
+            (9, ("worker_draining", 2), []),
             (10 + SLICE, ("tick",), ["refuse c#3 DirtyTimeoutError not run"]),
         )
     )
+    assert "of 1 workers 1 had a free slot" in refusal.fault["message"]
+
+
+def test_a_worker_is_not_asked_twice_at_once():
+    play(
+        two(
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request()), ["forward w2#0 PING", "forward w1#0 PING"]),
+            *((9, ("submit", "c", number, request()), []) for number in range(4, 9)),
+            (9, answer(2, 1), ["reply c#2 RESPONSE", "assign w2#2 go 10", "assign w2#3 go 10"]),
+            (9, answer(2, 2), ["reply c#3 RESPONSE", "assign w2#4 go 10"]),
+        )
+    )
+
+
+def test_a_worker_without_room_is_none_to_leave_calls_to():
+    play(
+        [
+            (0, ("worker_ready", 1, *ready(slots=1)), []),
+            (0, ("worker_ready", 2, *ready(slots=9)), []),
+            (0, ("submit", "c", 1, request()), ["assign w1#1 go 10"]),
+            (0, ("submit", "c", 2, request()), ["assign w2#1 go 10"]),
+            (9, ("submit", "c", 3, request()), ["forward w2#0 PING"]),
+            (9, ("submit", "c", 4, request()), []),
+            (9, ("submit", "c", 5, request()), []),
+            (9, ("worker_answered", 2), ["assign w2#2 go 10", "assign w2#3 go 10", "assign w2#4 go 10"]),
+        ]
+    )
+
+
+def test_what_was_late_for_a_place_is_not_overtaken():
+    def lane(worker, number, call):
+        return f"assign w{worker}#{number} go 10 by c#{call}"
+
+    dispatcher, _ = play(
+        two(
+            (0, ("takes_lanes", "c"), []),
+            (0, ("submit", "c", 2, request()), [lane(2, 1, 2)]),
+            (9, ("submit", "c", 3, request()), ["forward w2#0 PING", "forward w1#0 PING"]),
+            # 1 that may wait anyway, 16 for whom there are slots, 1 whose place may have got free unheard.
+            *((9, ("submit", "c", number, request()), []) for number in range(4, 21)),
+            (9, ("submit", "c", 21, request()), ["refuse c#21 DirtyOverloadedError not run"]),
+            (9, ("worker_answered", 1), [lane(1, 2, 3), "forward w1#0 PING"]),
+            *((9, ("submit", "c", number, request()), []) for number in (22, 23, 24)),
+            (9, ("submit", "c", 25, request()), ["refuse c#25 DirtyOverloadedError not run"]),
+            (9, answer(2, 1, wire.DONE), [lane(2, 2, 4), lane(2, 3, 5), lane(2, 4, 6)]),
+            (9, ("submit", "c", 26, request()), []),
+        ),
+        limits=LIMITS._replace(queue_calls=1),
+    )
+    # 22 has a place now; behind 23 and 24, 26 has none either.
+    refused = do(dispatcher, 9 + LANE_WORD + SLICE, ("tick",))
+    assert sorted(action.call_id for action in refused) == [23, 24, 26]
+
+
+@pytest.mark.parametrize("app", ["a", "zoo"])
+@pytest.mark.parametrize("said", [False, True])
+def test_a_call_that_no_hub_ran_for_is_told_so(said, app):
+    """Of many silent workers, those are named of which is known why."""
+    said = [(9.9, ("worker_blocked", 3, 1), [])] if said else []
+    workers = [(0, ("worker_ready", number, *ready(app, slots=9)), []) for number in (1, 2, 3)]
+    calls = [
+        (0, ("submit", "c", n, request(app, "burn")), [f"assign w{w}#1 burn 10"])
+        for n, w in ((1, 1), (2, 2), (3, 3))
+    ]
+    _, (refusal,) = play(
+        [
+            *workers,
+            *calls,
+            (9, ("submit", "c", 4, request(app, budget=1)), [f"forward w{n}#0 PING" for n in (3, 2, 1)]),
+            *said,
+            (10 + SLICE, ("tick",), ["refuse c#4 DirtyTimeoutError not run"]),
+        ],
+        apps=[app],
+    )
     message = refusal.fault["message"]
     assert message.endswith("it has not run")
-    assert ("a.burn keeps the hub of dirty worker 1000" in message) == bool(said)
+    assert "of 3 workers 3 had a free slot" in message
+    assert (f"{app}.burn keeps the hub of dirty worker 1000" in message) == bool(said)
 
 
 def test_an_idle_worker_is_not_silent():

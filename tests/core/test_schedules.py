@@ -300,9 +300,15 @@ class DispatcherMachine(RuleBasedStateMachine):
         if asked:
             self.pong(asked[which % len(asked)])
 
+    @rule(which=st.integers(0, 3))
+    def says_a_word(self, which):
+        """Without being asked."""
+        if self.workers:
+            self.dispatcher.worker_heard(list(self.workers)[which % len(self.workers)], self.now)
+
     def pong(self, key):
         self.workers[key].pings -= 1
-        self.carry_out(self.dispatcher.worker_heard(key, self.now))
+        self.carry_out(self.dispatcher.worker_answered(key, self.now))
 
     @rule(which=st.integers(0, 3), count=st.integers(1, 5), waits=st.booleans())
     def words(self, which, count, waits):
@@ -565,7 +571,7 @@ class FakeWorker:
             elif kind == wire.CANCEL and self.tasks.pop(call_id, None) is not None:
                 self.say(wire.END, call_id, b"")
             elif kind == wire.PING:
-                self.say(wire.PING, 0, b"")
+                self.say(wire.PONG, 0, b"")
 
     def work(self, which):
         """One task goes one step on."""
@@ -575,6 +581,7 @@ class FakeWorker:
         task = self.tasks[call_id]
         body, to_go, credit = task[:3]
         if to_go == 0:
+            self.say(wire.PING, 0, b"")
             if self.reply(task, wire.RESPONSE, call_id, body):
                 self.answered.add(body)
                 self.say(wire.DONE, call_id, b"")
@@ -681,7 +688,9 @@ class System:
     def from_worker(self, worker, frames):
         for frame in frames:
             if frame.kind == wire.PING:
-                self.act(self.dispatcher.worker_heard(worker.key, self.now))
+                self.dispatcher.worker_heard(worker.key, self.now)
+            elif frame.kind == wire.PONG:
+                self.act(self.dispatcher.worker_answered(worker.key, self.now))
             elif frame.kind == wire.PACE:
                 waits = wire.unpack_pace(frame.payload)
                 self.dispatcher.worker_paced(worker.key, frame.call_id, waits, self.now)
