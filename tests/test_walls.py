@@ -214,8 +214,9 @@ def run(code: str) -> SimpleNamespace:
     return SimpleNamespace(modules=set(modules), told=told)
 
 
-MASTER = "import gunicorn.app.wsgiapp, gunicorn.arbiter\n"
-"""What gunicorn's master has loaded when it reads its configuration file."""
+MASTER = "import __future__, gunicorn.app.wsgiapp, gunicorn.arbiter\n"
+"""What gunicorn's master has loaded when it reads its configuration file; and what is in every interpreter
+with an editable install, and does nothing."""
 
 INSTALL = f"import {PACKAGE}\n{PACKAGE}.install()\n"
 IMPORTED_ALONE = {PACKAGE, f"{PACKAGE}.plugin"}
