@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ APP = "tasks:App"
 ONE = "tasks:One"  # in one worker only
 
 TASKS = """
+import asyncio
 import os
+import sys
 import time
 from gunicorn.dirty import DirtyApp
 
@@ -60,6 +63,14 @@ class App(DirtyApp):
     def big(self, count, size):
         for n in range(count):
             yield bytes([n]) * size
+
+    def held(self, data):
+        yield "begun"
+        yield sys.getrefcount(data)
+
+    async def held_by_coroutine(self, data):
+        await asyncio.sleep(0)
+        return sys.getrefcount(data)
 
     def never(self):
         print("the generator ran", flush=True)
@@ -238,6 +249,17 @@ def test_large_chunks_arrive_right(streams: Gunicorn) -> None:
     body = streams.get(f"/big?count=20&size={size}", timeout=30).body
     assert len(body) == 20 * size
     assert hashlib.sha256(body).digest() == wanted.digest()
+
+
+def test_nobody_else_holds_the_arguments_of_what_goes_on(streams: Gunicorn) -> None:
+    """Or they could not be let go of by who has no more use for them."""
+
+    def alone(data: object) -> Iterator[int]:
+        yield sys.getrefcount(data)
+
+    fewest = next(alone([1000, 2000]))
+    assert collect(streams, APP, "held", [1000, 2000]) == ["begun", fewest]
+    assert ask(streams, APP, "held_by_coroutine", [1000, 2000]) == fewest
 
 
 def test_an_empty_stream_and_a_plain_value(streams: Gunicorn) -> None:
