@@ -19,28 +19,9 @@ from gunicorn_dirty_gevent.core import values, wire
 
 APP = "tasks:App"
 
-FILL = """
+TASKS = """
 import os
 import resource
-
-kept = []
-
-
-def fill(left):
-    # Use up this process's descriptors but for so many.
-    for _ in range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
-        try:
-            kept.append(os.dup(0))
-        except OSError:
-            break
-    for _ in range(left):
-        os.close(kept.pop())
-    return len(kept)
-"""
-
-TASKS = (
-    """
-import os
 import time
 import gevent
 from gunicorn.dirty import DirtyApp
@@ -89,9 +70,22 @@ class App(DirtyApp):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             pass
+
+
+kept = []
+
+
+def fill(left):
+    # Use up this process's descriptors but for so many.
+    for _ in range(resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        try:
+            kept.append(os.dup(0))
+        except OSError:
+            break
+    for _ in range(left):
+        os.close(kept.pop())
+    return len(kept)
 """
-    + FILL
-)
 
 VIEWS = """
 import os
