@@ -112,7 +112,7 @@ class Host(Protocol):
 
     def send(self, kind: int, call_id: int, payload: bytes) -> None: ...
 
-    def about_to_answer(self, now: float) -> None: ...
+    def break_silence(self, now: float) -> None: ...
 
     def sent_by_lane(self, ended: list[int], now: float) -> None: ...
 
@@ -162,7 +162,7 @@ class Sender:
             end, packet = _packet(waiting, start)
             ended = [task.call_id for task, kind, _ in waiting[start:end] if kind != wire.CHUNK]
             if ended:
-                self._host.about_to_answer(now)
+                self._host.break_silence(now)
             try:
                 self._sock.send(packet)
             except OSError:

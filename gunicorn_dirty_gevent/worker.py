@@ -299,11 +299,6 @@ class DirtyWorker:
             task.lane = None
         self.send(kind, task.call_id, payload)
 
-    def about_to_answer(self, now: float) -> None:
-        """By a lane. The caller's next call may be placed before DONE is there, and must not find this worker
-        as silent as one whose hub is blocked."""
-        self._break_silence(now)
-
     def sent_by_lane(self, ended: list[int], now: float) -> None:
         """The kernel has frames that went by a lane, the last ones of these calls among them."""
         assert self._link is not None
@@ -312,9 +307,12 @@ class DirtyWorker:
             self._link.send(tuple(wire.pack_frame(wire.DONE, call_id) for call_id in ended))
             self._link.flush()
         else:
-            self._break_silence(now)
+            self.break_silence(now)
 
-    def _break_silence(self, now: float) -> None:
+    def break_silence(self, now: float) -> None:
+        """Tell the arbiter that this hub runs, if it has heard nothing for a while. Before an answer by a
+        lane too: the caller's next call may be placed before DONE is there, and must not find this worker
+        as silent as one whose hub is blocked."""
         assert self._link is not None
         if now - self._link.flushed_at > SILENCE:
             self.send(wire.PING, 0, b"")

@@ -53,7 +53,7 @@ class Lane:
     def send(self, kind: int, call_id: int, payload: bytes) -> None:
         self.fell_back.append((kind, call_id, payload))
 
-    def about_to_answer(self, now: float) -> None:
+    def break_silence(self, now: float) -> None:
         self.order.append("about to answer")
 
     def sent_by_lane(self, ended: list[int], now: float) -> None:
