@@ -179,19 +179,23 @@ class StockChannel:
         if not self._enter(call):
             return
         try:
-            self._busy[call] = connection = self._connection(call.deadline)
+            connection = self._connection(call.deadline)
+        except BaseException as error:
+            self._room.release()
+            if not isinstance(error, OSError):
+                raise
+            self._say_lost(call, error)
+            return
+        call.id = 1
+        self._busy[call] = connection
+        if call.done:  # cancelled beside, when there was no connection to close
+            self._end(call, keep=False)
+            return
+        try:
             connection.sock.settimeout(_seconds(call.deadline))
-            call.id = 1
             connection.sock.sendall(data)
         except OSError as error:
-            sent = call in self._busy
-            self._fail(call, str(error.strerror or error), sent=sent)
-            if not sent:
-                self._room.release()
-        except BaseException:
-            if call not in self._busy:
-                self._room.release()
-            raise
+            self._fail(call, error)
 
     def _enter(self, call: Call) -> bool:
         """Wait for room for one more connection. False: the call has ended instead."""
@@ -220,7 +224,7 @@ class StockChannel:
             for frame in frames:
                 take(call, frame)
         except Exception as error:  # of the socket, or of bytes that are no answer
-            self._fail(call, str(error), sent=True)
+            self._fail(call, error)
         if call.last is not None:
             self._end(call, keep=True)
 
@@ -237,7 +241,7 @@ class StockChannel:
 
     def close(self) -> None:
         for call in list(self._busy):
-            self._fail(call, "this client closed the connection", sent=True)
+            self._fail(call, ConnectionError("this client closed the connection"))
         while (connection := self._pop_idle()) is not None:
             connection.close()
 
@@ -262,12 +266,22 @@ class StockChannel:
         except IndexError:  # another thread may have been quicker
             return None
 
-    def _fail(self, call: Call, reason: str, *, sent: bool) -> None:
-        self._lost()
-        call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+    def _fail(self, call: Call, error: Exception) -> None:
+        """The call's connection is of no more use. A call that another greenlet or thread has ended
+        keeps what that says of it: its connection fails because it was closed."""
+        if call in self._busy and not call.done:
+            self._say_lost(call, error)
         self._end(call, keep=False)
 
+    def _say_lost(self, call: Call, error: Exception) -> None:
+        self._lost()
+        reason = str(getattr(error, "strerror", None) or error)
+        sent = call.id != 0
+        call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+
     def _end(self, call: Call, *, keep: bool) -> None:
+        """Only who takes the call from those that are busy gives its room back: with threads, its reader
+        and who cancels it may both come here."""
         connection = self._busy.pop(call, None)
         if connection is None:
             return
