@@ -183,7 +183,10 @@ class DirtyWorker:
         if self._tasks:
             for task in list(self._tasks.values()):
                 task.cut_off()
-            gevent.killall(list(self._runners), block=True, timeout=CLOSE_TIME)
+            runners = list(self._runners)
+            for runner in runners:
+                runner.kill(block=False)
+            gevent.joinall(runners, timeout=CLOSE_TIME)
         for path, app in self.apps.items():
             try:
                 self._finish(app.close(), f"{path}.close")
