@@ -77,7 +77,7 @@ def _say_too_late() -> None:
 
 
 def _replace(dirty: Any) -> None:
-    from .client import DirtyClient
+    from .client.client import DirtyClient  # the package may be what is importing gunicorn's just now
     from .client.stash import StashClient, StashTable
 
     dirty.DirtyClient = DirtyClient

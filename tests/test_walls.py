@@ -30,6 +30,7 @@ system. (No gevent, socket, os, signal, time, threading, random; no gunicorn.)""
 FROM_GUNICORN = {
     "app.py": {"gunicorn.dirty.app", "gunicorn.dirty.errors"},
     "arbiter.py": {"gunicorn.dirty.app", "gunicorn.util"},
+    "client/__init__.py": {"gunicorn.dirty"},
     "client/client.py": {"gunicorn.dirty.client"},
     "client/stock.py": {"gunicorn.dirty.protocol", "gunicorn.dirty.tlv"},
     "client/stash.py": {"gunicorn.dirty.errors", "gunicorn.dirty.protocol", "gunicorn.dirty.stash"},
