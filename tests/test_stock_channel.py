@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 
 from gunicorn_dirty_gevent.client.stock import MAX_OPEN, StockChannel
-from gunicorn_dirty_gevent.core import faults, values, wire
+from gunicorn_dirty_gevent.core import values, wire
 from gunicorn_dirty_gevent.core.mux import Call
 
 
 def nothing(sock: socket.socket) -> None:
     pass
+
+
+def beside(run: Callable[[], None]) -> None:
+    pytest.fail("nobody dropped a call")
 
 
 class Arbiter:
@@ -33,7 +37,9 @@ class Arbiter:
         self.on_read: Callable[[socket.socket], None] = nothing
         self.made: list[socket.socket] = []
         self.lost = 0
-        self.channel = StockChannel(path, self._make_socket, threading.BoundedSemaphore, self._on_lost)
+        self.channel = StockChannel(
+            path, self._make_socket, threading.BoundedSemaphore, beside, self._on_lost
+        )
 
     def _on_lost(self) -> None:
         self.lost += 1
@@ -56,11 +62,6 @@ class Arbiter:
 
         self.made.append(Socket(socket.AF_UNIX))
         return self.made[-1]
-
-    def cancel(self, call: Call) -> None:
-        """As `DirtyFuture.cancel` does."""
-        call.fault = faults.cancelled(call.app, call.action, sent=call.id != 0)
-        self.channel.cancel(call)
 
     def check_nothing_left(self) -> None:
         assert all(sock.fileno() == -1 for sock in self.made)
@@ -86,7 +87,7 @@ def a_call() -> Call:
 
 def test_cancelled_while_it_connects(arbiter: Arbiter) -> None:
     call = a_call()
-    arbiter.on_connect = lambda sock: arbiter.cancel(call)
+    arbiter.on_connect = lambda sock: arbiter.channel.cancel(call)
     arbiter.on_send = lambda sock: pytest.fail("sent")
     arbiter.channel.start(call)
     assert call.fault is not None and call.fault["details"]["may_have_run"] is False
@@ -95,7 +96,7 @@ def test_cancelled_while_it_connects(arbiter: Arbiter) -> None:
 
 def test_cancelled_while_it_is_sent(arbiter: Arbiter) -> None:
     call = a_call()
-    arbiter.on_send = lambda sock: arbiter.cancel(call)  # and so closed
+    arbiter.on_send = lambda sock: arbiter.channel.cancel(call)  # and so closed
     arbiter.channel.start(call)
     assert call.fault is not None and "cancelled" in call.fault["message"]
     assert call.fault["details"]["may_have_run"] is True
@@ -106,7 +107,7 @@ def test_cancelled_while_it_is_sent(arbiter: Arbiter) -> None:
 def test_cancelled_while_it_is_read(arbiter: Arbiter) -> None:
     call = a_call()
     arbiter.channel.start(call)
-    arbiter.on_read = lambda sock: arbiter.cancel(call)
+    arbiter.on_read = lambda sock: arbiter.channel.cancel(call)
     arbiter.channel.wait(call, 10)
     assert call.fault is not None and "cancelled" in call.fault["message"]
     arbiter.check_nothing_left()

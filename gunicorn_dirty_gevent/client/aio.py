@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
+import threading
 import time
 import weakref
 from typing import Any
 
-from ..core.mux import Call, Mux, Phase
+from ..core.mux import Call, Mux, Phase, Why
 from ..core.wire import Detached, FrameDecoder, Parts, Payload, WireError
 from . import stock_loop
-from .results import timed_out, wait_time
+from .results import expire, wait_time
 from .stock_loop import StockLoopChannel
 from .stock_loop import wait_for_news as _wait
 
@@ -26,6 +28,7 @@ class LoopChannel(asyncio.Protocol):
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
         self.stock: StockLoopChannel | None = None
+        self._stock = StockLoopChannel(socket_path, self._lost_stock)
         self._mux = Mux(socket_path)
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -39,7 +42,7 @@ class LoopChannel(asyncio.Protocol):
         if parts is not None:
             self._write(parts)
         elif self._mux.phase is Phase.DOWN and self._connecting is None:
-            self._connecting = self._loop.create_task(self._connect())
+            self._connect_soon()
         self._move_on()
 
     def _move_on(self) -> None:
@@ -53,7 +56,7 @@ class LoopChannel(asyncio.Protocol):
     async def find_stock(self, seconds: float) -> StockLoopChannel | None:
         """Find out whether the arbiter there is a stock one."""
         if self.stock is None and await stock_loop.probe(self.socket_path, seconds):
-            self.stock = self.stock or StockLoopChannel(self.socket_path, self._lost_stock)
+            self.stock = self._stock
         return self.stock
 
     def _lost_stock(self) -> None:
@@ -65,10 +68,14 @@ class LoopChannel(asyncio.Protocol):
             self._write(credit)
         return payload
 
-    def cancel(self, call: Call) -> None:
-        parts = self._mux.cancel(call)
+    def cancel(self, call: Call, why: Why | None = None) -> None:
+        parts = self._mux.cancel(call, why)
         if parts is not None:
             self._write(parts)
+        self._stock.cancel(call, why)
+
+    def withdraw(self, call: Call) -> bool:
+        return self._mux.withdraw(call)
 
     def drop(self, call: Call) -> None:
         """`cancel`, from a finalizer."""
@@ -76,14 +83,14 @@ class LoopChannel(asyncio.Protocol):
             self._loop.call_soon_threadsafe(self.cancel, call)
 
     def close(self) -> None:
-        if self.stock is not None:
-            self.stock.close()
+        self._stock.close()
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None
-        if self._transport is not None:
-            self._transport.close()
+        transport = self._transport
+        if transport is not None:
             self.connection_lost(None)
+            transport.abort()  # close() would yet send what is said not to have run
         self._mux.refuse("this client closed the connection")
 
     def abort(self) -> None:
@@ -93,25 +100,55 @@ class LoopChannel(asyncio.Protocol):
 
     # The connection.
 
-    async def _connect(self) -> None:
-        while self._mux.waiting and self._transport is None:
-            self._sock = socket.socket(socket.AF_UNIX)
-            self._sock.setblocking(False)
-            try:
-                await self._loop.sock_connect(self._sock, self.socket_path)
-                await self._loop.create_unix_connection(lambda: self, sock=self._sock)
-                break
-            except BlockingIOError:  # the backlog is full
-                self._sock.close()
-                await asyncio.sleep(RETRY_PAUSE)
-            except OSError as error:
-                self._sock.close()
-                self._mux.refuse(f"cannot connect: {error.strerror or error}")
-        self._connecting = None
+    def _connect_soon(self, pause: float = 0.0) -> None:
+        self._connecting = self._loop.create_task(self._connect(pause))
+        # Not in the task, which may be cancelled before it has begun.
+        self._connecting.add_done_callback(self._connect_ended)
 
-    async def _connect_again(self) -> None:
-        await asyncio.sleep(RETRY_PAUSE)
-        await self._connect()
+    def _connect_ended(self, task: asyncio.Task[None]) -> None:
+        if self._connecting is not task:  # `close` was there
+            return
+        self._connecting = None
+        if task.cancelled():
+            self._mux.refuse("cannot connect: the task that does it was cancelled")
+        elif task.exception() is not None:
+            self._mux.refuse(f"cannot connect: {task.exception()!r}")
+        elif self._mux.waiting and self._transport is None:  # lost since
+            self._connect_soon(RETRY_PAUSE)
+
+    async def _connect(self, pause: float) -> None:
+        """Until the waiting calls have a connection, or are refused."""
+        while self._mux.waiting and self._transport is None:
+            if pause:
+                await asyncio.sleep(pause)
+            pause = RETRY_PAUSE
+            try:
+                if self._reach():
+                    await self._loop.create_unix_connection(lambda: self, sock=self._sock)
+            except OSError as error:
+                self._mux.refuse(f"cannot connect: {error.strerror or error}")
+
+    def _reach(self) -> bool:
+        """Connect a socket; False when the backlog is full. Raises `OSError`.
+
+        Not by the loop's `sock_connect`, which takes EAGAIN for a connection that is under way; that of a
+        Unix socket never is.
+        """
+        sock = None
+        try:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.setblocking(False)
+            sock.connect(self.socket_path)
+        except BlockingIOError:
+            assert sock is not None
+            sock.close()
+            return False
+        except OSError:
+            if sock is not None:
+                sock.close()
+            raise
+        self._sock = sock
+        return True
 
     def _write(self, parts: Parts) -> None:
         if self._transport is not None:
@@ -148,21 +185,23 @@ class LoopChannel(asyncio.Protocol):
         flushed = self._written - transport.get_write_buffer_size()
         self._mux.lost(str(error or "the connection was closed"), flushed)
         if self._mux.waiting and self._connecting is None and not self._loop.is_closed():
-            again = self._connect() if greeted else self._connect_again()
-            self._connecting = self._loop.create_task(again)
+            self._connect_soon(0.0 if greeted else RETRY_PAUSE)
 
 
 _channels: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, LoopChannel]]
 _channels = weakref.WeakKeyDictionary()
+_lock = threading.Lock()  # loops come and go in several threads
 
 
 def get(socket_path: str) -> LoopChannel:
     """The channel of the running loop."""
-    for loop in [loop for loop in _channels if loop.is_closed()]:
+    with _lock:
+        ended = [_channels.pop(loop) for loop in list(_channels) if loop.is_closed()]
+        mine = _channels.setdefault(asyncio.get_running_loop(), {})
+    for channels in ended:
         # `asyncio.run` ended without a close_async(): nobody else closes the connection.
-        for left in _channels.pop(loop).values():
+        for left in channels.values():
             left.abort()
-    mine = _channels.setdefault(asyncio.get_running_loop(), {})
     channel = mine.get(socket_path)
     if channel is None:
         channel = mine[socket_path] = LoopChannel(socket_path)
@@ -177,7 +216,8 @@ async def perform(channel: LoopChannel, call: Call, timeout: float | None) -> No
         while not call.done:
             seconds = wait_time(call)
             if seconds <= 0:
-                raise timed_out(call, timeout, channel.socket_path)
+                expire(carrier, call, timeout, channel.socket_path)
+                break
             await carrier.wait(call, seconds)
             if call.unheard:
                 carrier = await switched(channel, call)
@@ -192,15 +232,23 @@ async def switched(channel: LoopChannel, call: Call) -> LoopChannel | StockLoopC
     if call.done or call.id:
         return channel
     stock = await channel.find_stock(wait_time(call))
-    if stock is None or call.done or call.id:
+    if stock is None or not channel.withdraw(call):
         return channel
-    channel.cancel(call)
     stock.start(call)
     return stock
 
 
 def release(socket_path: str) -> None:
     """Close the running loop's channel; the next call makes another."""
-    channel = _channels.get(asyncio.get_running_loop(), {}).pop(socket_path, None)
+    with _lock:
+        channel = _channels.get(asyncio.get_running_loop(), {}).pop(socket_path, None)
     if channel is not None:
         channel.close()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread that is not here may hold the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

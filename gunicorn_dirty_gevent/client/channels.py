@@ -19,9 +19,9 @@ from gevent import get_hub
 from gevent._hub_local import get_hub_if_exists
 from gevent.monkey import get_original, is_module_patched
 
-from ..core.mux import Call
+from ..core.mux import Call, Why
 from ..core.wire import Payload
-from .results import timed_out, wait_time
+from .results import expire, wait_time
 from .stock import StockChannel
 
 
@@ -39,21 +39,27 @@ class Carrier(Protocol):
     def take_chunk(self, call: Call) -> Payload:
         """The next chunk of a call that has one."""
 
-    def cancel(self, call: Call) -> None:
-        """The caller has gone away."""
+    def cancel(self, call: Call, why: Why | None = None) -> None:
+        """End the call if nothing else has: the caller has gone away (or `why`). Who waits for it is told."""
 
     def drop(self, call: Call) -> None:
         """`cancel`, from a finalizer: in any thread, at any moment."""
 
 
 class Channel(Carrier, Protocol):
-    """A connection with many calls on it, made when it is needed and made again when it is lost."""
+    """A connection with many calls on it, made when it is needed and made again when it is lost.
+
+    `cancel` ends a call wherever it is, by way of `stock` too.
+    """
 
     stock: StockChannel | None
     """Where calls go while the arbiter there is a stock one."""
 
     def find_stock(self, seconds: float) -> StockChannel | None:
         """Find out whether it is, in so many seconds."""
+
+    def withdraw(self, call: Call) -> bool:
+        """Whether the call still waited for a connection; it does no more."""
 
     def spawn(self, run: Callable[[], None]) -> None:
         """Run it beside, in a greenlet or thread."""
@@ -108,16 +114,16 @@ def get(client: Client) -> Channel:
         return channel
     hub = _cooperative_hub()
     key = (client.socket_path, 0 if hub is None else _number(hub))
-    shared = _channels.get(key)
-    if shared is None:
-        shared = _make(key, hub)
-    shared.handles.add(client._handle)
-    client._found = (_epoch, hub, shared.channel)
+    with _lock:
+        shared = _channels.get(key) or _make(key, hub)
+        shared.handles.add(client._handle)
+        client._found = (_epoch, hub, shared.channel)
     return shared.channel
 
 
 def perform(channel: Channel, call: Call, timeout: float | None) -> None:
-    """Start the call and wait for its end. When the waiting is ended from outside, it is cancelled.
+    """Start the call and wait for its end. When the waiting is ended from outside, or by the call's deadline,
+    it is cancelled.
 
     `timeout` is what an error says of the time it had.
     """
@@ -127,7 +133,8 @@ def perform(channel: Channel, call: Call, timeout: float | None) -> None:
         while not call.done:
             seconds = wait_time(call)
             if seconds <= 0:
-                raise timed_out(call, timeout, channel.socket_path)
+                expire(carrier, call, timeout, channel.socket_path)
+                break
             carrier.wait(call, seconds)
             if call.unheard:
                 carrier = switched(channel, call)
@@ -142,40 +149,39 @@ def switched(channel: Channel, call: Call) -> Carrier:
     if call.done or call.id:
         return channel
     stock = channel.find_stock(wait_time(call))
-    if stock is None or call.done or call.id:  # meanwhile it may have been heard
+    if stock is None or not channel.withdraw(call):  # meanwhile it may have been heard
         return channel
-    channel.cancel(call)
     stock.start(call)
     return stock
 
 
 def release(client: Client) -> None:
     """The client lets go of its channels."""
-    for key, shared in list(_channels.items()):
-        if client._handle in shared.handles:
-            shared.handles.discard(client._handle)
-            if not shared.handles:
-                _channels.pop(key, None)
-                _forget()
-                shared.channel.close()
+    unused = []
+    with _lock:
+        _forget()  # this client too: used again, it counts again
+        for key, shared in list(_channels.items()):
+            if client._handle in shared.handles:
+                shared.handles.discard(client._handle)
+                if not shared.handles:
+                    unused.append(_channels.pop(key).channel)
+    for channel in unused:
+        channel.close()
 
 
 def _make(key: tuple[str, int], hub: Any) -> _Shared:
-    with _lock:
-        shared = _channels.get(key)
-        if shared is None:
-            _drop_ended(key[1])
-            channel: Channel
-            if hub is not None:
-                from .hub import HubChannel
+    _drop_ended(key[1])
+    channel: Channel
+    if hub is not None:
+        from .hub import HubChannel
 
-                channel = HubChannel(key[0])
-            else:
-                from .threads import ThreadChannel
+        channel = HubChannel(key[0])
+    else:
+        from .threads import ThreadChannel
 
-                channel = ThreadChannel(key[0])
-            shared = _channels[key] = _Shared(channel)
-        return shared
+        channel = ThreadChannel(key[0])
+    shared = _channels[key] = _Shared(channel)
+    return shared
 
 
 def _cooperative_hub() -> Any:

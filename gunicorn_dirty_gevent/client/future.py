@@ -9,7 +9,7 @@ from ..core import faults
 from ..core.mux import Call
 from ..errors import DirtyError, error_from_fault
 from . import channels
-from .results import result, timed_out, wait_time
+from .results import expire, result, wait_time
 
 
 class DirtyFuture:
@@ -20,6 +20,7 @@ class DirtyFuture:
         self._channel = channel
         self._call = call
         self._ended = channel.event()
+        self._looking = False  # at what kind the arbiter is, or on its way there
         call.notify = self._on_news
         if channel.stock is None:
             channel.start(call)
@@ -27,16 +28,24 @@ class DirtyFuture:
             channel.spawn(self._perform)
 
     def _on_news(self) -> None:
-        if self._call.unheard and not self._call.done:
-            self._call.unheard = False
-            self._channel.spawn(self._fall_back)
-        elif self._call.done:
+        """One at a time: called by the channel, under its lock or in its hub."""
+        if self._call.done:
             self._ended.set()
+        elif self._call.unheard:
+            self._call.unheard = False
+            if not self._looking:
+                self._looking = True
+                self._channel.spawn(self._fall_back)
 
     def _fall_back(self) -> None:
         """Nobody has heard the call yet: the arbiter may be a stock one."""
-        if self._channel.find_stock(wait_time(self._call)) is not None and not self._call.id:
-            self._channel.cancel(self._call)
+        moved = False
+        try:
+            found = self._channel.find_stock(wait_time(self._call))
+            moved = found is not None and self._channel.withdraw(self._call)
+        finally:
+            self._looking = moved  # if not, until the next connection that nobody greets
+        if moved:
             self._perform()
 
     def _perform(self) -> None:
@@ -62,8 +71,8 @@ class DirtyFuture:
         while not call.done:
             seconds = wait_time(call)
             if seconds <= 0:
-                self._channel.cancel(call)
-                raise timed_out(call, self._client.timeout, self._client.socket_path)
+                expire(self._channel, call, self._client.timeout, self._client.socket_path)
+                break
             if until is not None:
                 seconds = min(seconds, until - time.monotonic())
                 if seconds <= 0:
@@ -76,8 +85,6 @@ class DirtyFuture:
         if self._call.done:
             return False
         self._channel.cancel(self._call)
-        self._call.fault = faults.cancelled(self._call.app, self._call.action, sent=self._call.id != 0)
-        if self._channel.stock is not None:
-            self._channel.stock.cancel(self._call)
         self._ended.set()
-        return True
+        fault = self._call.fault
+        return fault is not None and fault["error_type"] == faults.CANCELLED  # or another end came first

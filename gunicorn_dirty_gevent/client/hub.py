@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent
+from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
 from gevent.hub import Waiter
 from gevent.lock import BoundedSemaphore
 from gevent.socket import socket as _GeventSocket
 
 from ..blob import APART, apart, detach, few_left
-from ..core.mux import BEHIND_LANES, Call, Mux, Phase, nobody
+from ..core.mux import BEHIND_LANES, Call, Mux, Phase, Why, nobody
 from ..core.wire import LANE, Frame, FrameDecoder, Payload, WireError, unpack_lane
 from ..lane import Receiver
 from ..link import Link
@@ -31,6 +32,9 @@ class HubChannel:
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
         self.stock: StockChannel | None = None
+        self._stock = StockChannel(
+            socket_path, _unix_socket, BoundedSemaphore, self._beside, self._lost_stock
+        )
         self._mux = Mux(socket_path, detach, lanes=True)
         self._link: Link | None = None
         self._lanes: list[Receiver] = []  # of this link
@@ -76,11 +80,14 @@ class HubChannel:
 
     def find_stock(self, seconds: float) -> StockChannel | None:
         if self.stock is None and probe(self.socket_path, _unix_socket, seconds):
-            self.stock = StockChannel(self.socket_path, _unix_socket, BoundedSemaphore, self._lost_stock)
+            self.stock = self._stock
         return self.stock
 
     def _lost_stock(self) -> None:
         self.stock = None  # the next one may be of either kind
+
+    def withdraw(self, call: Call) -> bool:
+        return self._mux.withdraw(call)
 
     def spawn(self, run: Callable[[], None]) -> None:
         gevent.spawn(run)
@@ -94,20 +101,30 @@ class HubChannel:
             self._link.send(credit)
         return payload
 
-    def cancel(self, call: Call) -> None:
-        parts = self._mux.cancel(call)
+    def cancel(self, call: Call, why: Why | None = None) -> None:
+        parts = self._mux.cancel(call, why)
         if parts is not None and self._link is not None:
             self._link.send(parts)
+        self._stock.cancel(call, why)
 
     def drop(self, call: Call) -> None:
+        self._beside(lambda: self.cancel(call))
+
+    def _beside(self, run: Callable[[], None]) -> None:
         try:
-            self._loop.run_callback_threadsafe(self.cancel, call)
-        except Exception:  # the hub is gone, and the connection with it
+            self._loop.run_callback_threadsafe(run)
+        except Exception:  # the hub is gone, and the connections with it
             pass
 
     def close(self) -> None:
-        if self.stock is not None:
-            self.stock.close()
+        hub = get_hub_if_exists()
+        if hub is None or hub.loop is not self._loop:  # another thread's
+            self._beside(self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        self._stock.close()
         if self._link is not None:
             link, self._link = self._link, None
             link.close()
@@ -117,7 +134,6 @@ class HubChannel:
 
     def forget(self) -> None:
         """The hub is gone, and its loop with it."""
-        self.stock = None
         if self._link is not None:
             self._link.sock.close()
             self._link = None
@@ -125,11 +141,12 @@ class HubChannel:
             lane.forget()
 
     def abandon(self) -> None:
-        self.stock = None
         if self._link is not None:
             self._link.close()
             self._link = None
         self._close_lanes()
+        self._mux.abandon()
+        self._stock.abandon()
 
     # The connection. Made in the hub, for its failure wakes greenlets.
 
@@ -151,15 +168,18 @@ class HubChannel:
         self._connecting = False
         if self._link is not None or not self._mux.waiting:
             return
-        sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        sock.setblocking(False)
+        sock = None
         try:
+            sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+            sock.setblocking(False)
             sock.connect(self.socket_path)
         except BlockingIOError:  # the backlog is full
+            assert sock is not None
             sock.close()
             self._connect_soon(RETRY_PAUSE)
         except OSError as error:
-            sock.close()
+            if sock is not None:  # or this process has no descriptor left
+                sock.close()
             self._mux.refuse(f"cannot connect: {error.strerror or error}")
         else:
             # The arbiter sees to the size of answers; it has our trust.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from ..core import faults, large, values, wire
 from ..core.faults import Fault
-from ..core.mux import Call
+from ..core.mux import Call, Why
 from ..core.wire import Detached, Payload
-from ..errors import DirtyError, DirtyProtocolError, error_from_fault
+from ..errors import DirtyProtocolError, error_from_fault
+
+
+class Canceller(Protocol):
+    def cancel(self, call: Call, why: Why | None = None) -> None: ...
+
 
 REPLY_GRACE = 0.5
 """Seconds past its deadline that a call which was sent waits for the arbiter's own word: it knows
@@ -31,10 +36,13 @@ def wait_time(call: Call) -> float:
     return call.deadline + grace - time.monotonic()
 
 
-def timed_out(call: Call, timeout: float | None, socket_path: str) -> DirtyError:
-    """The error of a call that nothing has ended within its time."""
-    sent = call.id != 0
-    return error_from_fault(faults.no_answer(call.app, call.action, timeout, socket_path, sent=sent))
+def expire(carrier: Canceller, call: Call, timeout: float | None, socket_path: str) -> None:
+    """Nothing has ended the call within its time: end it. (What comes at this moment still counts.)"""
+
+    def why(sent: bool) -> Fault:
+        return faults.no_answer(call.app, call.action, timeout, socket_path, sent=sent)
+
+    carrier.cancel(call, why)
 
 
 def result(call: Call) -> Any:

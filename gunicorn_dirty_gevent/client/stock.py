@@ -12,9 +12,11 @@ answers then says that it is ours.
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from gunicorn.dirty import protocol
@@ -22,8 +24,8 @@ from gunicorn.dirty.tlv import TLVEncoder
 
 from .. import settings
 from ..core import faults, large, values, wire
-from ..core.mux import Call
-from ..core.wire import Frame, FrameDecoder, Payload
+from ..core.mux import Call, Why
+from ..core.wire import Frame, FrameDecoder, Payload, WireError
 
 MAX_OPEN = 256
 """Connections at once to one stock arbiter from one process: it forks few workers and runs one call in
@@ -81,16 +83,16 @@ def decoder() -> FrameDecoder:
     return FrameDecoder(protocol.MAX_MESSAGE_SIZE, version=1, kinds=_KINDS)
 
 
-def take(call: Call, frame: Frame) -> None:
-    """What a frame says is the call's, in the form that our own arbiter sends."""
+def take(call: Call, frame: Frame) -> Frame | None:
+    """Take a chunk to the call, or return its end, in the form that our own arbiter sends."""
     kind, _, payload = frame
     told = TLVEncoder.decode_full(payload) if payload else {}
     if kind == wire.CHUNK:
         call.chunks.append(values.dumps(told.get("data"), "chunk"))
-    elif kind == wire.ERROR:
-        call.last = Frame(kind, 0, values.dumps(_fault(call, told.get("error")), "error"))
-    else:
-        call.last = Frame(kind, 0, values.dumps(told.get("result"), "result"))
+        return None
+    if kind == wire.ERROR:
+        return Frame(kind, 0, values.dumps(_fault(call, told.get("error")), "error"))
+    return Frame(kind, 0, values.dumps(told.get("result"), "result"))
 
 
 def _fault(call: Call, told: Any) -> faults.Fault:
@@ -109,7 +111,10 @@ def is_stock(answer: Frame) -> bool:
     with an error.)"""
     if answer.kind != wire.RESPONSE:
         return True
-    result = TLVEncoder.decode_full(answer.payload).get("result")
+    try:
+        result = TLVEncoder.decode_full(answer.payload).get("result")
+    except Exception:  # gunicorn's decoder names no kinds
+        return False
     return not (isinstance(result, dict) and "implementation" in result)
 
 
@@ -122,6 +127,10 @@ class _Connection:
     def __init__(self, sock: Any) -> None:
         self.sock = sock
         self.decoder = decoder()
+        self.readers = 0
+        """Who is about to read. The last of them closes a socket that was shut meanwhile: another may have
+        its descriptor's number before a thread comes to wait for that."""
+        self.is_shut = False
 
     def is_fresh(self) -> bool:
         """Whether the other side is still there, and has sent nothing that nobody asked for."""
@@ -135,21 +144,29 @@ class _Connection:
         return False
 
     def close(self) -> None:
+        """Under the channel's lock, if a reader may be there."""
+        self.is_shut = True
         try:
-            self.sock.shutdown(socket.SHUT_RDWR)  # another thread may be reading
+            self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        self.sock.close()
+        if not self.readers:
+            self.sock.close()
 
-    def read(self, until: float) -> list[Frame]:
-        """Frames; none when the time is up. Raises an error when there will be no more."""
+    def read(self, until: float) -> bytes:
+        """What has come; nothing when the time is up. Raises an error when there will be no more."""
         self.sock.settimeout(max(until - time.monotonic(), 0.001))
         try:
-            data = self.sock.recv(READ_SIZE)
-        except TimeoutError:
-            return []
+            data: bytes = self.sock.recv(READ_SIZE)
+        except TimeoutError as error:
+            if is_foreign(error):
+                raise
+            return b""
         if not data:
-            raise ConnectionResetError("the other side closed the connection")
+            raise ConnectionResetError(errno.ECONNRESET, "the other side closed the connection")
+        return data
+
+    def frames(self, data: bytes) -> list[Frame]:
         self.decoder.receive_data(data)
         return self.decoder.frames()
 
@@ -157,14 +174,29 @@ class _Connection:
 class StockChannel:
     """See `client.channels.Carrier`. The caller's own greenlet or thread reads its connection.
 
-    `make_socket` and `make_semaphore` decide how it waits.
+    `make_socket` and `make_semaphore` decide how it waits. `beside` runs a function later, elsewhere, and may
+    be called at any moment. `lost` is told that the arbiter there may be another by now. `lock` gives the
+    lock of the channel that this one is part of, under which a call gets its id, or ends: several threads may
+    come to it at once (its own, one that cancels it, one that closes the client).
+
+    A call is ended first and taken from those that are busy then: who finds it there no more finds it done.
     """
 
-    def __init__(self, socket_path: str, make_socket: MakeSocket, make_semaphore: Any, lost: Any) -> None:
+    def __init__(
+        self,
+        socket_path: str,
+        make_socket: MakeSocket,
+        make_semaphore: Any,
+        beside: Callable[[Callable[[], None]], None],
+        lost: Callable[[], None],
+        lock: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         self.socket_path = socket_path
         self._make_socket = make_socket
         self._room = make_semaphore(MAX_OPEN)
+        self._beside = beside
         self._lost = lost
+        self._lock = lock
         self._idle: list[_Connection] = []
         self._busy: dict[Call, _Connection] = {}
         self._waiting = 0
@@ -174,35 +206,41 @@ class StockChannel:
             data = request(call)
         except Unencodable as error:
             message = f"{call.app}.{call.action} was not sent: {error}"
-            call.fault = faults.fault("DirtyEncodeError", message, may_have_run=False)
+            self._settle(call, fault=faults.fault("DirtyEncodeError", message, may_have_run=False))
             return
-        if not self._enter(call):
+        if call.done or not self._enter(call):
             return
         try:
             connection = self._connection(call.deadline)
         except BaseException as error:
             self._room.release()
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError) or is_foreign(error):
                 raise
             self._say_lost(call, error)
             return
-        call.id = 1
-        self._busy[call] = connection
-        if call.done:  # cancelled beside, when there was no connection to close
+        with self._lock():
+            self._busy[call] = connection
+            if not call.done:
+                call.id = 1
+        if call.done:  # cancelled, when there was no connection to close
             self._end(call, keep=False)
             return
         try:
             connection.sock.settimeout(_seconds(call.deadline))
             connection.sock.sendall(data)
-        except OSError as error:
-            self._fail(call, error)
+        except BaseException as error:
+            if isinstance(error, OSError) and not is_foreign(error):
+                self._fail(call, error)
+            else:
+                self.cancel(call)
+                raise
 
     def _enter(self, call: Call) -> bool:
         """Wait for room for one more connection. False: the call has ended instead."""
         limit = settings.current.calls_per_connection
         if self._waiting >= limit:
             what = f"{limit} calls wait for a connection to the dirty arbiter (calls_per_connection)"
-            call.fault = faults.overloaded(call.app, what)
+            self._settle(call, fault=faults.overloaded(call.app, what))
             return False
         began = time.monotonic()
         self._waiting += 1
@@ -212,36 +250,66 @@ class StockChannel:
         finally:
             self._waiting -= 1
         why = f"all {MAX_OPEN} connections to the dirty arbiter were in use"
-        call.fault = faults.queue_timeout(call.app, call.action, time.monotonic() - began, why)
+        fault = faults.queue_timeout(call.app, call.action, time.monotonic() - began, why)
+        self._settle(call, fault=fault)
         return False
 
     def wait(self, call: Call, seconds: float) -> None:
-        connection = self._busy.get(call)
-        if connection is None or call.chunks:
-            return
+        with self._lock():
+            connection = self._busy.get(call)
+            if connection is None or call.chunks:
+                return
+            connection.readers += 1
         try:
-            frames = connection.read(time.monotonic() + min(seconds, 1e6))
-            for frame in frames:
-                take(call, frame)
-        except Exception as error:  # of the socket, or of bytes that are no answer
+            data = connection.read(time.monotonic() + min(seconds, 1e6))
+        except OSError as error:
+            if is_foreign(error):
+                raise
             self._fail(call, error)
-        if call.last is not None:
-            self._end(call, keep=True)
+            return
+        finally:
+            with self._lock():
+                connection.readers -= 1
+                if connection.is_shut:
+                    connection.close()
+        try:
+            for frame in connection.frames(data):
+                last = take(call, frame)
+                if last is not None:
+                    self._settle(call, last=last)
+                    self._end(call, keep=True)
+        except Exception as error:  # bytes that are no answer
+            self._fail(call, error)
 
     def take_chunk(self, call: Call) -> Payload:
         return call.chunks.popleft()
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: Call, why: Why | None = None) -> None:
+        with self._lock():
+            call.give_up(why)
         self._end(call, keep=False)
 
     def drop(self, call: Call) -> None:
-        """From a finalizer: in any thread, at any moment. The socket goes with the last reference."""
-        if self._busy.pop(call, None) is not None:
-            self._room.release()
+        # Not here: a finalizer may run in the midst of what takes the semaphore.
+        self._beside(lambda: self.cancel(call))
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connections without a trace on them."""
+        for call, connection in list(self._busy.items()):
+            # Without the lock: a thread that is not here may hold it.
+            if not call.done:
+                call.fault = faults.connection_lost(call.app, call.action, "forked", True, self.socket_path)
+            connection.sock.close()
+        while (idle := self._pop_idle()) is not None:
+            idle.sock.close()
+        self._busy.clear()
 
     def close(self) -> None:
         for call in list(self._busy):
             self._fail(call, ConnectionError("this client closed the connection"))
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         while (connection := self._pop_idle()) is not None:
             connection.close()
 
@@ -269,15 +337,23 @@ class StockChannel:
     def _fail(self, call: Call, error: Exception) -> None:
         """The call's connection is of no more use. A call that another greenlet or thread has ended
         keeps what that says of it: its connection fails because it was closed."""
-        if call in self._busy and not call.done:
+        if not call.done:
             self._say_lost(call, error)
         self._end(call, keep=False)
 
     def _say_lost(self, call: Call, error: Exception) -> None:
         self._lost()
+        self._close_idle()
         reason = str(getattr(error, "strerror", None) or error)
         sent = call.id != 0
-        call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+        fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+        self._settle(call, fault=fault)
+
+    def _settle(self, call: Call, *, last: Frame | None = None, fault: faults.Fault | None = None) -> None:
+        """End the call with this, unless it has ended."""
+        with self._lock():
+            if not call.done:
+                call.last, call.fault = last, fault
 
     def _end(self, call: Call, *, keep: bool) -> None:
         """Only who takes the call from those that are busy gives its room back: with threads, its reader
@@ -288,7 +364,8 @@ class StockChannel:
         if keep and len(self._idle) < MAX_IDLE:
             self._idle.append(connection)
         else:
-            connection.close()
+            with self._lock():
+                connection.close()
         self._room.release()
 
 
@@ -301,14 +378,24 @@ def probe(socket_path: str, make_socket: MakeSocket, seconds: float) -> bool:
         sock.connect(socket_path)
         sock.sendall(STATUS_REQUEST)
         connection = _Connection(sock)
-        while not (frames := connection.read(until)) and time.monotonic() < until:
-            pass
+        frames: list[Frame] = []
+        while not frames and time.monotonic() < until:
+            frames = connection.frames(connection.read(until))
         return bool(frames) and is_stock(frames[0])
-    except Exception:
-        pass  # not there, or nothing that can be read: the next look may tell
+    except WireError:  # nothing that can be read
+        return False
+    except OSError as error:
+        if is_foreign(error):
+            raise
+        return False  # not there: the next look may tell
     finally:
         sock.close()
-    return False
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether this is no socket's own error but the caller's, as of ``gevent.Timeout(1, TimeoutError)``. The
+    kernel's have a number; a socket's own timeout says the same with Python, gevent and eventlet."""
+    return isinstance(error, OSError) and error.errno is None and error.args != ("timed out",)
 
 
 def _seconds(deadline: float) -> float | None:

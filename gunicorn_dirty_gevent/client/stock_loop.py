@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from ..core import faults
-from ..core.mux import Call, nobody
+from ..core.mux import Call, Why, nobody
 from ..core.wire import FrameDecoder, Payload
 from .stock import (
     MAX_IDLE,
@@ -50,7 +50,13 @@ class StockLoopChannel:
 
     def start(self, call: Call) -> None:
         self._taken[call] = asyncio.Event()
-        self._tasks[call] = asyncio.get_running_loop().create_task(self._run(call))
+        self._tasks[call] = task = asyncio.get_running_loop().create_task(self._run(call))
+        # Not in the task, which may be cancelled before it has begun.
+        task.add_done_callback(lambda _: self._forget(call))
+
+    def _forget(self, call: Call) -> None:
+        self._tasks.pop(call, None)
+        self._taken.pop(call, None)
 
     async def wait(self, call: Call, seconds: float) -> None:
         await wait_for_news(call, seconds)
@@ -61,20 +67,29 @@ class StockLoopChannel:
             self._taken[call].set()
         return payload
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: Call, why: Why | None = None) -> None:
+        call.give_up(why)
+        self._stop(call)
+
+    def _stop(self, call: Call) -> None:
         task = self._tasks.get(call)
         if task is not None:
             task.cancel()
+            call.notify()
 
     def drop(self, call: Call) -> None:
         """`cancel`, from a finalizer."""
         task = self._tasks.get(call)
         if task is not None and not task.get_loop().is_closed():
-            task.get_loop().call_soon_threadsafe(task.cancel)
+            task.get_loop().call_soon_threadsafe(self.cancel, call)
 
     def close(self) -> None:
-        for task in self._tasks.values():
-            task.cancel()
+        for call in list(self._tasks):
+            if not call.done:
+                why = "this client closed the connection"
+                sent = call.id != 0
+                call.fault = faults.connection_lost(call.app, call.action, why, sent, self.socket_path)
+            self._stop(call)
         while self._idle:
             self._idle.pop().writer.close()
 
@@ -94,10 +109,9 @@ class StockLoopChannel:
             self._lost()
             reason = str(error) or type(error).__name__
             sent = call.id != 0
-            call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+            if not call.done:
+                call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
         finally:
-            self._tasks.pop(call, None)
-            self._taken.pop(call, None)
             if connection is not None:
                 self._give_back(connection, whole=call.last is not None)
             call.notify()
@@ -112,7 +126,9 @@ class StockLoopChannel:
                 raise ConnectionResetError("the other side closed the connection")
             connection.decoder.receive_data(data)
             for frame in connection.decoder.frames():
-                take(call, frame)
+                last = take(call, frame)
+                if last is not None and not call.done:
+                    call.last = last
             call.notify()
 
     async def _connection(self) -> _Connection:

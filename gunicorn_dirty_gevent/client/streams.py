@@ -7,9 +7,8 @@ from typing import Any
 
 from ..core import faults, wire
 from ..core.mux import Call
-from ..errors import error_from_fault
 from . import aio, channels
-from .results import decode, result, timed_out, wait_time
+from .results import decode, expire, result, wait_time
 
 DEFAULT_IDLE_TIMEOUT = 30.0
 """Seconds between two chunks of a stream; gunicorn's default."""
@@ -55,17 +54,18 @@ class _Stream:
         return result(call)
 
     def _wait_time(self, call: Call, idle_at: float) -> float:
-        """Seconds until the stream or its next chunk is late. Raises when one of them is."""
+        """Seconds until the stream or its next chunk is late. When one of them is, the call is ended."""
         seconds = wait_time(call)
-        if seconds <= 0:
-            raise timed_out(call, self._client.timeout, self._client.socket_path)
         idle = idle_at - time.monotonic()
-        if idle <= 0:
-            sent = call.id != 0
-            raise error_from_fault(
-                faults.idle_stream(call.app, call.action, self._idle, sent=sent, option=self._idle_option)
-            )
-        return min(seconds, idle)
+        if seconds <= 0:
+            expire(self._channel, call, self._client.timeout, self._client.socket_path)
+        elif idle <= 0:
+            self._channel.cancel(call, self._idle_fault)
+        return max(min(seconds, idle), 0.0)
+
+    def _idle_fault(self, sent: bool) -> faults.Fault:
+        app, action, _, _ = self._request
+        return faults.idle_stream(app, action, self._idle, sent=sent, option=self._idle_option)
 
     def _end(self) -> None:
         self._ended = True
@@ -96,10 +96,12 @@ class DirtyStream(_Stream):
         try:
             call = self._started()
             idle_at = time.monotonic() + self._idle
-            while not call.chunks and not call.done:
+            while not (call.chunks or call.done or self._ended):
                 self._channel.wait(call, self._wait_time(call, idle_at))
                 if call.unheard:
                     self._channel = channels.switched(self._channel, call)
+            if self._ended:  # another greenlet or thread has closed it
+                raise StopIteration
             chunk = self._take(call)
         except BaseException:
             # Also when the reader is killed while it waits: there is no one to come back.
@@ -136,10 +138,12 @@ class DirtyAsyncStream(_Stream):
         try:
             call = self._started()
             idle_at = time.monotonic() + self._idle
-            while not call.chunks and not call.done:
+            while not (call.chunks or call.done or self._ended):
                 await self._channel.wait(call, self._wait_time(call, idle_at))
                 if call.unheard:
                     self._channel = await aio.switched(self._channel, call)
+            if self._ended:  # another task has closed it
+                raise StopAsyncIteration
             chunk = self._take(call)
         except BaseException:
             self._end()

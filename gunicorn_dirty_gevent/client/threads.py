@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 
-from ..core.mux import Call, Mux, Phase, nobody
+from ..core.mux import Call, Mux, Phase, Why, nobody
 from ..core.wire import Detached, FrameDecoder, Parts, Payload, WireError
-from .stock import StockChannel, probe
+from .stock import StockChannel, is_foreign, probe
 
 READ_SIZE = 262144
 """Bytes per read, as in `gunicorn_dirty_gevent.link`."""
@@ -34,10 +35,20 @@ class ThreadChannel:
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
         self.stock: StockChannel | None = None
+        self._stock = StockChannel(
+            socket_path,
+            _unix_socket,
+            threading.BoundedSemaphore,
+            _beside,
+            self._lost_stock,
+            lambda: self._lock,
+        )
         self._mux = Mux(socket_path)
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self._flushed = 0
+        self._outbox: deque[memoryview] = deque()
+        self._retrying = False
 
     def start(self, call: Call) -> None:
         with self._lock:
@@ -64,16 +75,18 @@ class ThreadChannel:
 
     def find_stock(self, seconds: float) -> StockChannel | None:
         if self.stock is None and probe(self.socket_path, _unix_socket, seconds):
-            made = StockChannel(self.socket_path, _unix_socket, threading.BoundedSemaphore, self._lost_stock)
-            with self._lock:
-                self.stock = self.stock or made  # other threads find out at the same time
+            self.stock = self._stock
         return self.stock
 
     def _lost_stock(self) -> None:
         self.stock = None  # the next one may be of either kind
 
+    def withdraw(self, call: Call) -> bool:
+        with self._lock:
+            return self._mux.withdraw(call)
+
     def spawn(self, run: Callable[[], None]) -> None:
-        threading.Thread(target=run, name="dirty-call", daemon=True).start()
+        _beside(run)
 
     def event(self) -> threading.Event:
         return threading.Event()
@@ -85,20 +98,19 @@ class ThreadChannel:
                 self._send(credit)
         return payload
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: Call, why: Why | None = None) -> None:
         with self._lock:
-            parts = self._mux.cancel(call)
+            parts = self._mux.cancel(call, why)
             if parts is not None:
                 self._send(parts)
+        self._stock.cancel(call, why)
 
     def drop(self, call: Call) -> None:
         # A finalizer may run in a thread that holds the lock.
-        threading.Thread(target=self.cancel, args=(call,), daemon=True).start()
+        _beside(lambda: self.cancel(call))
 
     def close(self) -> None:
-        stock = self.stock
-        if stock is not None:
-            stock.close()
+        self._stock.close()
         with self._lock:
             sock, self._sock = self._sock, None
             if sock is not None:
@@ -110,40 +122,85 @@ class ThreadChannel:
         """Never called: this channel is no single thread's."""
 
     def abandon(self) -> None:
-        self.stock = None
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+        self._lock = threading.Lock()  # a thread that is not here may hold the parent's
+        self._mux.abandon()
+        self._stock.abandon()
 
     # The connection; all of it under the lock.
 
     def _connect(self) -> None:
-        sock = _unix_socket()
+        sock = None
         try:
+            sock = _unix_socket()
+            # Waiting in here would hold the lock, for all of this process.
+            sock.setblocking(False)
             sock.connect(self.socket_path)
-        except OSError as error:
+            sock.setblocking(True)
+        except BlockingIOError:  # the backlog is full
+            assert sock is not None
             sock.close()
+            self._connect_later()
+            return
+        except OSError as error:
+            if sock is not None:  # or this process has no descriptor left
+                sock.close()
             self._mux.refuse(f"cannot connect: {error.strerror or error}")
             return
         self._sock = sock
         self._flushed = 0
+        self._outbox.clear()
         self._send(self._mux.connected())
         name = "dirty-client"
         threading.Thread(target=self._read, args=(sock,), name=name, daemon=True).start()
 
+    def _connect_later(self) -> None:
+        if not self._retrying:
+            self._retrying = True
+            _beside(self._retry)
+
+    def _retry(self) -> None:
+        time.sleep(RETRY_PAUSE)
+        with self._lock:
+            self._retrying = False
+            if self._mux.waiting and self._mux.phase is Phase.DOWN:
+                self._connect()
+
     def _send(self, parts: Parts) -> None:
-        """The arbiter always reads, so this never waits for long."""
+        """The arbiter always reads, so this never waits for long.
+
+        What a caller was kept from sending (its time was up, it was killed) the next one sends first: a frame
+        of which a part is out must be followed by its rest, not by another's.
+        """
         sock = self._sock
-        try:
-            for part in parts:
-                assert not isinstance(part, Detached)  # our mux makes none
-                view = memoryview(part)
-                while view and sock is not None:
-                    sent = sock.send(view)
-                    self._flushed += sent
-                    view = view[sent:]
-        except OSError:
-            pass  # the reader finds the end, after what the arbiter had still to say
+        if sock is None:
+            return
+        for part in parts:
+            assert not isinstance(part, Detached)  # our mux makes none
+            self._outbox.append(memoryview(part))
+        while self._outbox:
+            part = self._outbox[0]
+            self._flushed += len(part)  # until the kernel says how much it has taken
+            try:
+                sent = sock.send(part)
+            except BaseException as error:
+                if isinstance(error, OSError) and not is_foreign(error):
+                    # The reader finds the end, after what the arbiter had still to say.
+                    self._flushed -= len(part)
+                    return
+                if type(sock).__module__ == "socket":
+                    # A signal handler's exception: the kernel may have bytes that nobody has counted.
+                    self._shut(sock)
+                else:  # a greenlet's, which came while it waited
+                    self._flushed -= len(part)
+                raise
+            self._flushed -= len(part) - sent
+            if sent < len(part):
+                self._outbox[0] = part[sent:]
+            else:
+                self._outbox.popleft()
 
     def _shut(self, sock: socket.socket) -> None:
         try:
@@ -160,6 +217,8 @@ class ThreadChannel:
             while data := sock.recv(READ_SIZE):
                 decoder.receive_data(data)
                 with self._lock:
+                    if sock is not self._sock:
+                        break  # closed meanwhile; the mux may be on the next one
                     now = time.monotonic()
                     while frames := decoder.frames():
                         for frame in frames:
@@ -178,11 +237,10 @@ class ThreadChannel:
             greeted = self._mux.phase is not Phase.GREETING
             self._sock = None
             self._mux.lost(reason, self._flushed)
-        if not greeted:
-            time.sleep(RETRY_PAUSE)
-        with self._lock:
-            if self._mux.waiting and self._mux.phase is Phase.DOWN:
+            if self._mux.waiting and greeted:
                 self._connect()
+            elif self._mux.waiting:
+                self._connect_later()
 
 
 def _warn_in_coroutine() -> None:
@@ -206,4 +264,10 @@ def _warn_in_coroutine() -> None:
 
 
 def _unix_socket() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(None)  # whatever socket.setdefaulttimeout() says
+    return sock
+
+
+def _beside(run: Callable[[], None]) -> None:
+    threading.Thread(target=run, name="dirty-call", daemon=True).start()

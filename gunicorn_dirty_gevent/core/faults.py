@@ -11,6 +11,8 @@ from typing import Any
 
 Fault = dict[str, Any]
 
+CANCELLED = "DirtyCancelledError"
+
 
 def fault(error_type: str, message: str, *, may_have_run: bool, **details: Any) -> Fault:
     """A fault; details that are None are left out."""
@@ -140,7 +142,7 @@ def not_yet(app: str, action: str, timeout: float | None) -> Fault:
 
 def cancelled(app: str, action: str, *, sent: bool) -> Fault:
     return fault(
-        "DirtyCancelledError",
+        CANCELLED,
         f"{app}.{action} was cancelled by its caller",
         may_have_run=sent,
         app_path=app,

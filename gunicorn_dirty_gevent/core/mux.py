@@ -41,6 +41,10 @@ def nobody() -> None:
     """A call that nobody waits for yet."""
 
 
+Why = Callable[[bool], Fault]
+"""The fault that a call ends with, of whether it was sent."""
+
+
 class Call:
     """One call and what has come back for it. Raises `ValueError` for names that cannot be sent.
 
@@ -96,6 +100,12 @@ class Call:
     def done(self) -> bool:
         """Nothing more will arrive."""
         return self.last is not None or self.fault is not None
+
+    def give_up(self, why: Why | None = None) -> None:
+        """End it as cancelled, or with `why`, unless it has ended."""
+        if not self.done:
+            sent = self.id != 0
+            self.fault = faults.cancelled(self.app, self.action, sent=sent) if why is None else why(sent)
 
 
 class Mux:
@@ -223,8 +233,11 @@ class Mux:
     def submit(self, call: Call, now: float) -> Parts | None:
         """A new call: what to send, or None when it has to wait for the link.
 
-        A message over the arbiter's limit ends the call with a fault, before anything is sent.
+        A message over the arbiter's limit ends the call with a fault, before anything is sent. A call that
+        has ended (cancelled, before it came here) stays so.
         """
+        if call.done:
+            return None
         if self.phase is not Phase.OPEN:
             self.waiting[call] = None
             return None
@@ -260,12 +273,25 @@ class Mux:
                 return wire.pack_detached(wire.REQUEST, call.id, envelope, blob)
         return wire.pack_request(call.id, envelope, call.body, call.kind)
 
-    def cancel(self, call: Call) -> Parts | None:
-        """The caller has gone away. Nothing further reaches the call."""
+    def cancel(self, call: Call, why: Why | None = None) -> Parts | None:
+        """`Call.give_up`; who waits for it is told. Nothing further reaches it."""
         self.waiting.pop(call, None)
+        if not call.done:
+            call.give_up(why)
+            call.notify()
         if self._calls.pop(call.id, None) is None or self.phase is Phase.DOWN:
             return None
         return self._send((wire.pack_frame(wire.CANCEL, call.id),))
+
+    def withdraw(self, call: Call) -> bool:
+        """Whether the call still waited for a link; then it is the caller's again, to go another way."""
+        return self.waiting.pop(call, self) is None
+
+    def abandon(self) -> None:
+        """In a forked child: the calls are the parent's, which sends those that wait."""
+        self.phase = Phase.DOWN
+        self.waiting.clear()
+        self._calls.clear()
 
     def take_chunk(self, call: Call) -> tuple[Payload, Parts | None]:
         """The next chunk of a stream that has one, and the credit to send for it."""

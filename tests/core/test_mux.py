@@ -171,7 +171,34 @@ def test_late_frames_are_counted_and_reach_nobody():
         wired.receive(Frame(kind, one.id, b"late"))
     wired.receive(response(12345))
     assert wired.mux.late_frames == 5
-    assert not one.chunks and not one.done
+    assert not one.chunks and one.last is None and cancelled(one)
+
+
+def cancelled(one):
+    return one.fault["error_type"] == "DirtyCancelledError"
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_cancelled_call_is_told_once_and_says_whether_it_may_have_run(sent):
+    """By another greenlet or thread than the one that waits for it."""
+    wired, one, told = opened() if sent else Wired(), call(), []
+    one.notify = lambda: told.append(one.fault)
+    wired.submit(one).cancel(one)
+    wired.cancel(one)
+    assert told == [one.fault] and cancelled(one)
+    assert one.fault["details"]["may_have_run"] is sent
+    wired.submit(one)
+    assert wired.mux.pending == 0
+
+
+def test_only_a_call_that_waits_can_go_another_way():
+    wired, one, other = Wired(), call("one"), call("other")
+    wired.submit(one, other)
+    assert wired.mux.withdraw(one) and not wired.mux.withdraw(one)
+    wired.open()
+    assert not wired.mux.withdraw(other)
+    assert [action for _, action in wired.requests()] == ["other"]
+    assert not one.done and not other.done
 
 
 # Credit.
@@ -424,10 +451,11 @@ def test_a_caller_told_of_the_loss_cancels_others():
         wired.submit(call("new"))
 
     calls[0].notify = act
-    calls[1].notify = lambda: pytest.fail("told although it was cancelled")
+    told = []
+    calls[1].notify = lambda: told.append(calls[1].fault)
     wired.mux.lost("reset", flushed)
     assert acted == [[None, None]]
-    assert calls[1].fault is None
+    assert told == [calls[1].fault] and cancelled(calls[1])
     wired.open()
     assert [action for _, action in wired.requests()] == ["n3", "new"]
 
@@ -441,9 +469,10 @@ def test_a_caller_told_of_a_refusal_cancels_another_and_tries_again():
         wired.submit(call("again"))
 
     one.notify = act
-    other.notify = lambda: pytest.fail("told although it was cancelled")
+    told = []
+    other.notify = lambda: told.append(other.fault)
     wired.mux.refuse("no socket")
-    assert one.done and not other.done
+    assert one.done and told == [other.fault] and cancelled(other)
     wired.open()
     assert [action for _, action in wired.requests()] == ["again"]
 

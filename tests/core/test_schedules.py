@@ -865,7 +865,8 @@ class System:
         seen = [chunk.rstrip(b"x") for chunk in caller.chunks]
         assert seen == whole[: len(seen)], "chunks of another, lost or out of order"
         if caller.cancelled:
-            assert not call.done
+            assert call.last is None and call.fault["error_type"] == "DirtyCancelledError"
+            assert call.fault["details"]["may_have_run"] or not runs
         elif call.fault is not None:
             assert call.last is None
             assert call.fault["details"]["may_have_run"] or not runs
