@@ -316,7 +316,7 @@ def test_a_cancelled_future_whose_arbiter_is_replaced(path: str) -> None:
                     client.execute(APP, "echo", "another")  # noqa: B023
             return said
 
-        turn.patience = 0.5
+        turn.patience = 0.25
         future, told = submit_and_stop(client, turn, replace)
         for arbiter in replaced:
             assert client.execute(APP, "echo", "last") == "last"

@@ -26,13 +26,15 @@ class Twice(Everywhere):
     workers = 5
 """
 
+CONTROL = "Control socket listening"  # by a thread of the master's, perhaps later than HTTP
 APPS = ["tasks:Everywhere", "tasks:Once", "tasks:Twice:2"]
 
 
 @pytest.fixture
 def server() -> Iterator[Gunicorn]:
     settings = {"dirty_apps": APPS, "dirty_workers": 3}
-    with Gunicorn(tasks_source=TASKS, settings=settings, control_socket=True) as running:
+    options = {"control_socket": True, "ready_log": CONTROL}
+    with Gunicorn(tasks_source=TASKS, settings=settings, **options) as running:
         running.wait_dirty_workers(3)
         yield running
 
@@ -105,5 +107,5 @@ def test_a_dead_worker_is_replaced_in_the_view_too(server: Gunicorn) -> None:
 
 
 def test_without_a_dirty_side_it_says_so() -> None:
-    with Gunicorn(control_socket=True) as server:
+    with Gunicorn(control_socket=True, ready_log=CONTROL) as server:
         assert "not running" in gunicornc(server, "show dirty")

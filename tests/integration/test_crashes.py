@@ -7,7 +7,6 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -237,7 +236,8 @@ def test_workers_that_keep_dying_are_spawned_with_growing_pauses() -> None:
 
 def test_an_app_that_does_not_load_tells_its_callers_why() -> None:
     with gunicorn_with(settings(APP, "tasks:Broken")) as gunicorn:
-        began = time.monotonic()
+        # How long a worker takes to boot is not what is measured below.
+        gunicorn.wait_log("Failed to initialize dirty app tasks:Broken")
         said = failure(ask(gunicorn, "tasks:Broken", "echo", 1), "DirtyAppError")
         assert "no weights in model.bin" in said.message
         assert "self.load_weights()" in said.attrs["traceback"]
@@ -250,11 +250,12 @@ def test_an_app_that_does_not_load_tells_its_callers_why() -> None:
             gunicorn.wait_log(r"Dirty workers keep failing: 4 in a row.*spawned in \d", deadline=20)
             load.more(2)
         load.assert_none_failed()
-        seconds = time.monotonic() - began
-        inits = len((gunicorn.dir / "inits").read_text().split())
+        # By a clock that all processes share: a test that comes late to this has seen the pauses too.
+        inits = [float(at) for at in (gunicorn.dir / "inits").read_text().split()]
+        seconds = time.monotonic() - min(inits)
         spawned = gunicorn.log_text().count("Spawned dirty worker")
         told("restarts of an app that does not load", f"{spawned} workers in {seconds:.1f} s")
-        assert inits <= 10 and spawned <= 10
+        assert len(inits) <= 10 and spawned <= 10
         assert seconds > 2.5
         said = failure(ask(gunicorn, "tasks:Broken", "echo", 1), "DirtyAppError")
         assert "no weights in model.bin" in said.message
@@ -296,25 +297,30 @@ def test_a_killed_arbiter_under_load(pool: Gunicorn) -> None:
     http = pool.http_worker_pids()
     arbiter = pool.dirty_arbiter_pid()
     mark = pool.mark()
-    with Load(pool, lambda n: path(APP, "nap", n, 0.03), 6) as load:
-        names = [f"arbiter-{n}" for n in range(4)]
-        with ExitStack() as stack:
-            calls = list(stack.enter_context(asking(pool, [path(APP, "hold", name) for name in names])))
+    names = [f"arbiter-{n}" for n in range(4)]
+    with asking(pool, [path(APP, "hold", name) for name in names]) as holds:
+        try:
+            # Before the load: an idle worker comes before a busy one. Beside naps both are busy, and all
+            # may go to the one that was heard of a moment ago.
             held = {wait_held(pool, name) for name in names}
-            # Afterwards: beside it in the same worker nothing more would begin.
-            calls += stack.enter_context(asking(pool, [path(APP, "stuck")]))
-            stuck = int(pool.wait_log(r"^stuck in (\d+)$", since=mark).group(1))
-            assert held == set(workers) and stuck in workers
-            killed = time.monotonic()
-            pool.kill(arbiter, signal.SIGKILL)
-            lost = [failure(call.result(10), "DirtyConnectionError") for call in calls]
-            told("killed arbiter: calls in flight were told after", time.monotonic() - killed)
-            assert time.monotonic() - killed < 3
-            for pid in workers:  # also the one in C code
-                pool.wait_gone(pid, killed + 2 - time.monotonic())
-            told("killed arbiter: its workers had ended after", time.monotonic() - killed)
-        load.more(20)
-        told("killed arbiter: 20 more calls had been served after", time.monotonic() - killed)
+            assert held == set(workers)
+            with Load(pool, lambda n: path(APP, "nap", n, 0.03), 6) as load:
+                # The last: beside it in the same worker nothing more would begin.
+                with asking(pool, [path(APP, "stuck")]) as stuck:
+                    assert int(pool.wait_log(r"^stuck in (\d+)$", since=mark).group(1)) in workers
+                    killed = time.monotonic()
+                    pool.kill(arbiter, signal.SIGKILL)
+                    lost = [failure(call.result(10), "DirtyConnectionError") for call in [*holds, *stuck]]
+                    told("killed arbiter: calls in flight were told after", time.monotonic() - killed)
+                    assert time.monotonic() - killed < 3
+                    for pid in workers:  # also the one in C code
+                        pool.wait_gone(pid)
+                    told("killed arbiter: its workers had ended after", time.monotonic() - killed)
+                load.more(20)
+                told("killed arbiter: 20 more calls had been served after", time.monotonic() - killed)
+        finally:
+            for name in names:
+                release(pool, name)
     assert all(said.may_have_run is True and "may have run" in said.message for said in lost)
     # Of the load, those in flight at that moment; all others waited for the next arbiter.
     for outcome in load.failures:

@@ -306,7 +306,7 @@ def test_two_hundred_calls_of_half_a_second_run_at_once(busy: Gunicorn) -> None:
     seconds = time.monotonic() - started
     assert [value for value, _ in answers] == [f"own {n}" for n in range(200)]
     assert {pid for _, pid in answers} == set(busy.dirty_worker_pids())
-    assert seconds < 5
+    assert seconds < 20  # 50 s one by one in each of two workers
 
 
 def test_a_worker_with_one_thread_runs_one_call_at_a_time(serial: Gunicorn, busy: Gunicorn) -> None:
@@ -335,13 +335,13 @@ def test_quick_calls_do_not_wait_for_slow_ones(busy: Gunicorn) -> None:
 
 def test_the_hub_of_the_http_worker_is_never_blocked(busy: Gunicorn) -> None:
     assert busy.get("/tick").text == "ticking"
-    slow = [path(APP, "nap", n, 1.5) for n in range(20)] + [path(APP, "spin", 1.5)]
+    slow = [path(APP, "nap", n, 3) for n in range(20)] + [path(APP, "spin", 3)]
     big = [f"/big-echo?size={8 << 20}&fill={n}" for n in range(4)]
     answers = ask_many(busy, slow + big)
     gap = busy.get("/gap").json()
     assert answers[-4:] == [True] * 4
     assert gap["ticks"] > 50
-    assert gap["longest"] < 0.75
+    assert gap["longest"] < 1.5  # for as long as the hub waits for a single call itself, it is 3
 
 
 @pytest.mark.deadline(90)

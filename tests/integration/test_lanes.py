@@ -125,41 +125,43 @@ def slowly(environ, query):
     return {"result": got}
 
 
-@route("/gap")
-def gap(environ, query):
-    # The longest time for which the hub did not run while a stream was read and other calls failed.
-    client, worst, streaming = get_dirty_client(), 0.0, True
+@route("/beside")
+def beside(environ, query):
+    # How many of five calls failed while a stream was still read.
+    client = get_dirty_client()
+    chunks = client.stream("tasks:App", "tick", 15_000, 0)  # 15 s at least, if nobody ends it
+    next(chunks)
+    failed = []
 
     def read():
-        for _ in client.stream("tasks:App", "tick", 2000, 0):
+        for _ in chunks:
             end = time.monotonic() + 0.001
             while time.monotonic() < end:
                 pass
-            if not streaming:
+            if len(failed) == 5:
                 return
 
-    def fail():
-        for _ in range(5):
-            try:
-                client.execute("tasks:App", "fail")
-            except Exception:
-                pass
-
-    reader, failing = gevent.spawn(read), gevent.spawn(fail)
-    last = time.monotonic()
-    while not failing.dead:
-        gevent.sleep(0.001)
-        now = time.monotonic()
-        worst, last = max(worst, now - last), now
-    streaming = False
+    reader = gevent.spawn(read)
+    while len(failed) < 5:
+        try:
+            client.execute("tasks:App", "fail")
+        except Exception:
+            failed.append(not reader.dead)
     reader.join()
-    return {"result": worst}
+    chunks.close()
+    return {"result": sum(failed)}
 
 
 @route("/sequence")
 def sequence(environ, query):
-    client = get_dirty_client()
-    return {"result": sum(client.execute("tasks:App", "echo", 1) for _ in range(int(query["count"])))}
+    # What became of calls one after the other.
+    client, said = get_dirty_client(), []
+    for n in range(int(query["count"])):
+        try:
+            said.append(client.execute("tasks:App", "echo", n) == n)
+        except Exception as error:
+            said.append([type(error).__name__, error.may_have_run])
+    return {"result": said}
 """
 
 
@@ -281,13 +283,17 @@ def test_a_worker_without_descriptors_answers_new_clients_by_the_arbiter(pool: G
     assert wait_ready(pool, 1) == [worker]
 
 
-def test_a_slot_whose_end_the_arbiter_has_not_heard_of_is_no_overload() -> None:
-    """Two callers, one slot, one place in the queue: there is always room for both."""
+def test_a_slot_whose_end_the_arbiter_has_not_heard_of_is_no_error_but_an_overload() -> None:
+    """Two callers, one slot, one place in the queue. There is always room for both, but the arbiter may hear
+    of it late: how long it waits for that word is tested in core/test_dispatch_lanes.py."""
     install = "import gunicorn_dirty_gevent\ngunicorn_dirty_gevent.install(queue_size=1)\n"
     with gunicorn_with(install, dirty_threads=1) as gunicorn:
         wait_ready(gunicorn, 1)
         got = ask_many(gunicorn, ["/sequence?count=500"] * 2, 2)
-    assert got == [500, 500]
+    print(f"measured: refused: {[said.count(['DirtyOverloadedError', False]) for said in got]}")
+    for said in got:
+        assert len(said) == 500
+        assert all(one in (True, ["DirtyOverloadedError", False]) for one in said), said
 
 
 def test_the_largest_request_that_is_taken_fits_its_worker_too() -> None:
@@ -316,7 +322,7 @@ def test_a_stream_whose_reader_is_slow_is_not_stuck() -> None:
 
 def test_reading_lanes_first_does_not_keep_the_hub(pool: Gunicorn) -> None:
     """While the stream's worker sends what its reader takes, there would be always more."""
-    assert answer(pool.get("/gap", timeout=30)) < 0.7
+    assert answer(pool.get("/beside", timeout=40)) == 5
 
 
 def test_a_client_without_descriptors_is_answered_by_the_arbiter(pool: Gunicorn) -> None:

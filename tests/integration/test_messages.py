@@ -90,8 +90,11 @@ class App(DirtyApp):
             pass
 
     def drip(self):
-        yield 1
-        gevent.sleep(60)
+        try:
+            yield 1
+            gevent.sleep(60)
+        finally:
+            gevent.sleep(1)
 
 
 class Brief(DirtyApp):
@@ -202,7 +205,10 @@ def test_gunicorns_own_limit() -> None:
 
 @pytest.mark.parametrize("option", ["timeout", "idle_timeout"])
 def test_a_streams_timeout_is_called_as_its_caller_called_it(busy: Gunicorn, option: str) -> None:
-    said = failure(collect(busy, APP, "drip", options={option: 0.3}), "DirtyTimeoutError")
+    """The worker, which has a limit too, takes another second to answer: this is what the client says."""
+    assert ask(busy, APP, "echo") == "nothing"  # the HTTP worker is connected from here on
+    # Enough for the first chunk, which must be there before.
+    said = failure(collect(busy, APP, "drip", options={option: 1}), "DirtyTimeoutError")
     assert f"({option})" in said.message
     assert said.chunks == [1]
 
@@ -280,8 +286,8 @@ def test_a_call_in_a_worker_that_is_told_to_quit(busy: Gunicorn) -> None:
 
 def test_an_arbiter_that_cannot_start_does_not_flood_the_log() -> None:
     hook = "def on_dirty_starting(arbiter):\n    raise ValueError('boo')\n"
+    began = time.monotonic()  # of the first of its starts that are counted below
     with gunicorn_with(APP, extra_config=hook) as gunicorn:
-        began = time.monotonic()
         gunicorn.wait_log(r"Exception in dirty arbiter process \(pid: \d+\): it cannot start(.*\n)+?.*: boo")
         said = failure(ask(gunicorn, APP, "echo", options={"timeout": 2.5}), "DirtyTimeoutError")
         assert "there was no connection to the dirty arbiter at /" in said.message

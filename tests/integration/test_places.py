@@ -64,6 +64,12 @@ class App(DirtyApp):
             time.sleep(0.005)
         return name
 
+    def held_state(self, name, release):
+        print(f"holding {name} in {os.getpid()}", flush=True)
+        while not os.path.exists(f"release-{release}"):
+            time.sleep(0.005)
+        return self.state()
+
     def open_files(self, n):
         files = [open(os.devnull) for _ in range(n)]
         for file in files:
@@ -578,17 +584,33 @@ def gunicorn_on_libuv() -> Gunicorn:
     return gunicorn_with(FORKING, settings=pool, env=env, install=say + OURS, ready_log=ready)
 
 
+def all_states(gunicorn: Gunicorn, when: str) -> list[list[float]]:
+    """`state` of three workers: each is asked while those before it are busy, for calls that come one by one
+    go to the same."""
+    names = [f"{when}{n}" for n in range(3)]
+    with contextlib.ExitStack() as stack:
+        stack.callback(gunicorn.write, f"release-{when}", "")
+        calls = []
+        for name in names:
+            calls += stack.enter_context(asking(gunicorn, [path(APP, "held_state", name, when)]))
+            gunicorn.wait_log(f"holding {name} in")
+        gunicorn.write(f"release-{when}", "")
+        states = sorted(call.result(10) for call in calls)
+    assert len({pid for pid, _ in states}) == 3
+    return states
+
+
 def test_on_libuv() -> None:
     with gunicorn_on_libuv() as gunicorn:
         # A forked child shares its parent's epoll: that it lets go of a descriptor must not make the
         # parent deaf. So once all workers have been forked.
         wait_ready(gunicorn, 3)
         check_works(gunicorn)
-        states = sorted(ask(gunicorn, APP, "state") for _ in range(3))
+        states = all_states(gunicorn, "before")
         said = failure(ask(gunicorn, APP, "spin"), "DirtyTimeoutError")
         assert 0.9 < said.elapsed < 2.5
         # The same processes, with what they had loaded.
-        assert sorted(ask(gunicorn, APP, "state") for _ in range(3)) == states
+        assert all_states(gunicorn, "after") == states
         blocked = re.findall(r"blocked the hub for ([\d.]+) s", gunicorn.log_text())
         assert all(0.9 < float(seconds) < 3 for seconds in blocked), blocked
         kill_worker(gunicorn, 3)

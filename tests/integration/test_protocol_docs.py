@@ -20,7 +20,7 @@ from support.waiting import wait_until
 PROTOCOL = (Path(__file__).parents[2] / "docs" / "protocol.rst").read_text()
 
 TASKS = """
-import datetime, time
+import datetime, os, time
 from gunicorn.dirty import DirtyApp
 
 class Words(DirtyApp):
@@ -34,9 +34,10 @@ class Words(DirtyApp):
     def echo(self, *args, **kwargs):
         return [args, kwargs]
 
-    def nap(self, seconds):
-        time.sleep(seconds)
-        return seconds
+    def hold(self, name):
+        while not os.path.exists(f"release-{name}"):
+            time.sleep(0.005)
+        return name
 
     def date(self):
         return datetime.date(2026, 1, 2)
@@ -119,12 +120,13 @@ def test_the_clients_of_the_documentation(path: str, name: str, command: list[st
     assert json.loads(end.replace("'", '"')) == {"type": "end", "id": 1}
 
 
-def test_answers_come_as_they_are_ready(path: str) -> None:
+def test_answers_come_as_they_are_ready(server: Gunicorn, path: str) -> None:
     with Json(path) as client:
-        client.ask("slow", "nap", 0.3)
+        client.ask("slow", "hold", "slow")
         client.ask("quick", "echo", 1, two=[None, "é"])
         assert client.answer() == {"type": "response", "id": "quick", "result": [[1], {"two": [None, "é"]}]}
-        assert client.answer() == {"type": "response", "id": "slow", "result": 0.3}
+        server.write("release-slow", "")
+        assert client.answer() == {"type": "response", "id": "slow", "result": "slow"}
 
 
 def test_args_and_kwargs_may_be_left_out(path: str) -> None:

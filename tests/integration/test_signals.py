@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -494,7 +495,11 @@ def test_usr1_reopens_the_log_in_every_dirty_process() -> None:
 
 def opened(pid: int) -> set[str]:
     """The files that a process has open, where they are now."""
-    return {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            found.add(os.readlink(link))
+    return found
 
 
 # Upgrade
@@ -554,56 +559,66 @@ def is_alive(pid: int) -> bool:
 
 # Recycling
 
+
+def recycling(**options: int) -> Gunicorn:
+    """With these options of `install`."""
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    return gunicorn_with(settings(), install=OURS.replace("install()", f"install({given})"))
+
+
+def test_a_worker_of_many_requests_is_replaced_before_it_goes() -> None:
+    with recycling(max_requests=40, max_requests_jitter=10) as gunicorn:
+        wait_ready(gunicorn, 2)
+
+        def limits() -> set[int]:
+            found = re.findall(r"it has served max_requests \((\d+)\)", gunicorn.log_text())
+            return set(map(int, found))
+
+        with asking(gunicorn, [path(APP, "hold", "recycled")]) as (held,):
+            pid = wait_held(gunicorn, "recycled")
+            try:
+                with Load(gunicorn, lambda n: path(APP, "pid"), 4) as load:
+                    gunicorn.wait_log(rf"Stopping dirty worker \(pid: {pid}\): it has served max_requests")
+                    seen = lambda: len({outcome.said for outcome in list(load.outcomes)}) >= 5  # noqa: E731
+                    wait_until(seen, 20, "five workers to have served", gunicorn.evidence)
+                    # Of a few workers all may happen to have the same.
+                    wait_until(lambda: len(limits()) > 1, 20, "another limit", gunicorn.evidence)
+                    assert not held.done()
+            finally:
+                release(gunicorn, "recycled")
+            assert held.result(10) == pid, "what it ran has finished"
+        load.assert_none_failed()
+        calls: dict[int, int] = {}
+        for outcome in load.outcomes:
+            calls[outcome.said] = calls.get(outcome.said, 0) + 1
+        told("max_requests=40+10: calls per worker", list(calls.values()))
+        gunicorn.wait_gone(pid)
+        wait_ready(gunicorn, 2)
+        # Two were always ready. (The log is written in order by one process.)
+        ready = 0
+        for what, _ in re.findall(
+            r"(Dirty worker ready|Stopping dirty worker) \(pid: (\d+)\)", gunicorn.log_text()
+        ):
+            ready += 1 if what == "Dirty worker ready" else -1
+            assert ready >= 2 or what == "Dirty worker ready"
+        # How many each was given, and a few more until its replacement was ready.
+        assert limits() <= set(range(40, 51))
+
+
 MEMORY = 300 * 1024 * 1024
 
 
-@pytest.fixture(scope="module")
-def recycled() -> Iterator[Gunicorn]:
-    options = f"max_requests=40, max_requests_jitter=10, max_memory={MEMORY}"
-    install = OURS.replace("install()", f"install({options})")
-    with gunicorn_with(settings(), install=install) as gunicorn:
+def test_a_worker_of_much_memory_is_replaced() -> None:
+    with recycling(max_memory=MEMORY) as gunicorn:
         wait_ready(gunicorn, 2)
-        yield gunicorn
-
-
-def test_a_worker_of_many_requests_is_replaced_before_it_goes(recycled: Gunicorn) -> None:
-    with asking(recycled, [path(APP, "hold", "recycled")]) as (held,):
-        pid = wait_held(recycled, "recycled")
-        with Load(recycled, lambda n: path(APP, "pid"), 4) as load:
-            recycled.wait_log(rf"Stopping dirty worker \(pid: {pid}\): it has served max_requests")
-            seen = lambda: len({outcome.said for outcome in list(load.outcomes)}) >= 5  # noqa: E731
-            wait_until(seen, 20, "five workers to have served", recycled.evidence)
-            assert not held.done()
-        release(recycled, "recycled")
-        assert held.result(10) == pid, "what it ran has finished"
-    load.assert_none_failed()
-    calls: dict[int, int] = {}
-    for outcome in load.outcomes:
-        calls[outcome.said] = calls.get(outcome.said, 0) + 1
-    told("max_requests=40+10: calls per worker", list(calls.values()))
-    recycled.wait_gone(pid)
-    wait_ready(recycled, 2)
-    # Two were always ready. (The log is written in order by one process.)
-    ready = 0
-    for what, _ in re.findall(
-        r"(Dirty worker ready|Stopping dirty worker) \(pid: (\d+)\)", recycled.log_text()
-    ):
-        ready += 1 if what == "Dirty worker ready" else -1
-        assert ready >= 2 or what == "Dirty worker ready"
-    # How many each was given, and a few more until its replacement was ready.
-    limits = set(map(int, re.findall(r"it has served max_requests \((\d+)\)", recycled.log_text())))
-    assert limits <= set(range(40, 51)) and len(limits) > 1
-
-
-def test_a_worker_of_much_memory_is_replaced(recycled: Gunicorn) -> None:
-    mark = recycled.mark()
-    pid = ask(recycled, APP, "grow", MEMORY)
-    began = time.monotonic()
-    said = rf"Replacing dirty worker \(pid: {pid}\): it has (\d+) bytes of memory \(max_memory {MEMORY}\)"
-    size = int(recycled.wait_log(said, 15, since=mark).group(1))
-    told("max_memory: noticed after", time.monotonic() - began)
-    assert size > MEMORY
-    recycled.wait_gone(pid)
-    assert pid not in wait_ready(recycled, 2)
-    stops = re.findall(r"Stopping dirty worker \(pid: (\d+)\)", recycled.log_since(mark))
-    assert stops == [str(pid)], "the other one stays"
+        mark = gunicorn.mark()
+        pid = ask(gunicorn, APP, "grow", MEMORY)
+        began = time.monotonic()
+        said = rf"Replacing dirty worker \(pid: {pid}\): it has (\d+) bytes of memory \(max_memory {MEMORY}\)"
+        size = int(gunicorn.wait_log(said, 15, since=mark).group(1))
+        told("max_memory: noticed after", time.monotonic() - began)
+        assert size > MEMORY
+        gunicorn.wait_gone(pid)
+        assert pid not in wait_ready(gunicorn, 2)
+        stops = re.findall(r"Stopping dirty worker \(pid: (\d+)\)", gunicorn.log_since(mark))
+        assert stops == [str(pid)], "the other one stays"
