@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from support.waiting import poll, wait_until
 
 from gunicorn_dirty_gevent.client import DirtyClient, channels, stock
 from gunicorn_dirty_gevent.client.results import result
+from gunicorn_dirty_gevent.client.threads import ThreadChannel
 from gunicorn_dirty_gevent.core import values
 from gunicorn_dirty_gevent.core.mux import Call
 from gunicorn_dirty_gevent.errors import DirtyConnectionError, DirtyError, DirtyTimeoutError
@@ -162,6 +164,33 @@ def check_places(client: DirtyClient, arbiter: FakeArbiter, places: int) -> None
 
 
 # Sends.
+
+
+def test_an_interruption_when_the_bytes_are_out_sends_none_of_them_again(
+    ours: FakeArbiter, client: DirtyClient
+) -> None:
+    """A signal handler's exception, at each line that sends."""
+    code = ThreadChannel._send.__code__
+    for line in sorted({line for _, _, line in code.co_lines() if line is not None}):
+
+        def interrupt(frame: Any, event: str, _: Any, line: int = line) -> Any:
+            if frame.f_code is not code:
+                return None
+            if event == "line" and frame.f_lineno == line:
+                sys.settrace(None)
+                raise Interrupted
+            return interrupt
+
+        assert client.execute(APP, "echo", "before") == "before"
+        sys.settrace(interrupt)
+        try:
+            outcome(lambda: client.execute(APP, "echo", f"once-{line}"))  # noqa: B023
+        except Interrupted:
+            pass
+        finally:
+            sys.settrace(None)
+        assert client.execute(APP, "echo", "after") == "after"
+        assert ours.ran("echo", value=f"once-{line}") <= 1
 
 
 def by_signal() -> None:

@@ -331,6 +331,27 @@ def test_a_client_closed_by_another_thread_wakes_the_greenlets_that_wait(ours: F
     assert [(type(error), error.may_have_run) for error in outcomes] == [(DirtyConnectionError, True)] * 3
 
 
+@pytest.mark.parametrize("kind", ["stock", "ours"])
+def test_the_connections_of_a_thread_that_has_ended_are_closed(tmp_path: Path, kind: str) -> None:
+    """By `close()`, though that thread's loop, which nobody destroyed, takes callbacks still."""
+    hubs: list[Any] = []
+    with closing(FakeArbiter(str(tmp_path / "arbiter"), stock=kind == "stock")) as arbiter:
+        with client_of(arbiter) as client:
+
+            def call_in_a_hub() -> None:
+                hubs.append(gevent.get_hub())
+                client.execute(APP, "echo", 1)
+
+            for number in range(3):
+                thread = threading.Thread(target=call_in_a_hub)
+                thread.start()
+                thread.join()
+                arbiter.wait(lambda: arbiter.open <= 1, f"{number} others to be closed")
+        until_all_closed(arbiter)
+    for hub in hubs:
+        hub.loop.destroy()
+
+
 def test_a_handle_used_after_its_close_holds_the_connection_again(
     ours: FakeArbiter, greenlets: Group
 ) -> None:

@@ -239,6 +239,22 @@ def test_who_cancels_all_tasks_while_one_connects_can_still_call(ours: FakeArbit
     asyncio.run(main())
 
 
+def test_a_call_whose_task_another_cancels_ends(theirs: FakeArbiter) -> None:
+    """The task that carries a stock arbiter's call is none of the caller's."""
+
+    async def main() -> None:
+        async with client_of(theirs.path) as client:
+            assert await client.execute_async(APP, "echo", 1) == 1
+            call = asyncio.create_task(outcome(client.execute_async(APP, "hold", 2)))
+            await until(theirs, lambda: theirs.ran("hold"), "the call")
+            for task in asyncio.all_tasks() - {asyncio.current_task(), call}:
+                task.cancel()
+            error = await ended(call)
+            assert isinstance(error, DirtyConnectionError) and error.may_have_run is True
+
+    asyncio.run(main())
+
+
 # Event loops that come and go, as asgiref's `async_to_sync` makes them.
 
 

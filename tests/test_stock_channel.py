@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from gunicorn.dirty import protocol
 
 from gunicorn_dirty_gevent.client.stock import MAX_OPEN, StockChannel
 from gunicorn_dirty_gevent.core import values, wire
@@ -112,6 +113,38 @@ def test_cancelled_while_it_is_read(arbiter: Arbiter) -> None:
     assert call.fault is not None and "cancelled" in call.fault["message"]
     arbiter.check_nothing_left()
     assert arbiter.lost == 0
+
+
+def test_a_connection_that_another_still_reads_is_not_kept(arbiter: Arbiter) -> None:
+    """Two threads wait for the same call: the second would take the next call's answer."""
+    call = a_call()
+    arbiter.channel.start(call)
+    accepted, _ = arbiter.listener.accept()
+    accepted.sendall(protocol.BinaryProtocol.encode_response(1, "mine"))
+
+    def read_within(sock: socket.socket) -> None:
+        arbiter.on_read = nothing
+        arbiter.channel.wait(call, 10)
+
+    arbiter.on_read = read_within
+    arbiter.channel.wait(call, 10)
+    accepted.close()
+    assert call.last is not None and call.fault is None
+    arbiter.check_nothing_left()
+
+
+def test_a_socket_in_use_is_closed_when_its_user_leaves_it(arbiter: Arbiter) -> None:
+    """Its descriptor's number may be another's by the time that a thread comes to the kernel with it."""
+    call, seen = a_call(), []
+
+    def cancel(sock: socket.socket) -> None:
+        arbiter.channel.cancel(call)
+        seen.append(sock.fileno())
+
+    arbiter.on_send = cancel
+    arbiter.channel.start(call)
+    assert seen != [-1]
+    arbiter.check_nothing_left()
 
 
 def test_a_connection_that_cannot_be_made(arbiter: Arbiter) -> None:

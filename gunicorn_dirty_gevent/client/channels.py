@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from gevent import get_hub
@@ -40,7 +41,8 @@ class Carrier(Protocol):
         """The next chunk of a call that has one."""
 
     def cancel(self, call: Call, why: Why | None = None) -> None:
-        """End the call if nothing else has: the caller has gone away (or `why`). Who waits for it is told."""
+        """End the call if nothing else has: the caller has gone away (or `why`). Who waits for its answer
+        is told."""
 
     def drop(self, call: Call) -> None:
         """`cancel`, from a finalizer: in any thread, at any moment."""
@@ -62,7 +64,10 @@ class Channel(Carrier, Protocol):
         """Whether the call still waited for a connection; it does no more."""
 
     def spawn(self, run: Callable[[], None]) -> None:
-        """Run it beside, in a greenlet or thread."""
+        """Run it in a greenlet or thread of its own."""
+
+    def beside(self, run: Callable[[], None]) -> None:
+        """Run it later, in the hub's thread (or a new one). May be called in any thread, at any moment."""
 
     def event(self) -> Any:
         """An event of the kind that waits here: `set()`, `wait(seconds)`."""
@@ -157,16 +162,33 @@ def switched(channel: Channel, call: Call) -> Carrier:
 
 def release(client: Client) -> None:
     """The client lets go of its channels."""
+    hub = get_hub_if_exists()
+    number = 0 if hub is None else _number(hub)
     unused = []
     with _lock:
-        _forget()  # this client too: used again, it counts again
+        _drop_ended(number)
         for key, shared in list(_channels.items()):
-            if client._handle in shared.handles:
-                shared.handles.discard(client._handle)
-                if not shared.handles:
-                    unused.append(_channels.pop(key).channel)
+            if client._handle not in shared.handles:
+                continue
+            _forget()  # this client too: used again, it counts again
+            shared.handles.discard(client._handle)
+            if shared.handles:
+                continue
+            if key[1] in (0, number):
+                unused.append(_channels.pop(key).channel)
+            else:  # only its own thread may touch it; if that does not come to it, `_drop_ended` will
+                shared.channel.beside(partial(_close_unused, key, shared))
     for channel in unused:
         channel.close()
+
+
+def _close_unused(key: tuple[str, int], shared: _Shared) -> None:
+    with _lock:
+        if shared.handles or _channels.get(key) is not shared:
+            return
+        del _channels[key]
+        _forget()
+    shared.channel.close()
 
 
 def _make(key: tuple[str, int], hub: Any) -> _Shared:

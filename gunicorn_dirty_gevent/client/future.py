@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core import faults
 from ..core.mux import Call
-from ..errors import DirtyError, error_from_fault
+from ..errors import error_from_fault
 from . import channels
 from .results import expire, result, wait_time
 
@@ -52,9 +52,8 @@ class DirtyFuture:
         """With a stock arbiter somebody has to read the call's own connection."""
         try:
             channels.perform(self._channel, self._call, self._client.timeout)
-        except DirtyError:
-            pass  # `get` looks at the time itself
-        self._ended.set()
+        finally:
+            self._ended.set()
 
     def done(self) -> bool:
         """Whether `get` would return (or raise) at once."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import gevent
-from gevent._hub_local import get_hub_if_exists
 from gevent.event import Event
 from gevent.hub import Waiter
 from gevent.lock import BoundedSemaphore
@@ -32,9 +31,7 @@ class HubChannel:
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
         self.stock: StockChannel | None = None
-        self._stock = StockChannel(
-            socket_path, _unix_socket, BoundedSemaphore, self._beside, self._lost_stock
-        )
+        self._stock = StockChannel(socket_path, _unix_socket, BoundedSemaphore, self.beside, self._lost_stock)
         self._mux = Mux(socket_path, detach, lanes=True)
         self._link: Link | None = None
         self._lanes: list[Receiver] = []  # of this link
@@ -108,22 +105,15 @@ class HubChannel:
         self._stock.cancel(call, why)
 
     def drop(self, call: Call) -> None:
-        self._beside(lambda: self.cancel(call))
+        self.beside(lambda: self.cancel(call))
 
-    def _beside(self, run: Callable[[], None]) -> None:
+    def beside(self, run: Callable[[], None]) -> None:
         try:
             self._loop.run_callback_threadsafe(run)
-        except Exception:  # the hub is gone, and the connections with it
+        except Exception:  # the hub has been destroyed
             pass
 
     def close(self) -> None:
-        hub = get_hub_if_exists()
-        if hub is None or hub.loop is not self._loop:  # another thread's
-            self._beside(self._close)
-        else:
-            self._close()
-
-    def _close(self) -> None:
         self._stock.close()
         if self._link is not None:
             link, self._link = self._link, None
@@ -139,6 +129,7 @@ class HubChannel:
             self._link = None
         for lane in self._lanes:
             lane.forget()
+        self._stock.forget()
 
     def abandon(self) -> None:
         if self._link is not None:

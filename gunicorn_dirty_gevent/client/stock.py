@@ -13,6 +13,7 @@ answers then says that it is ours.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -127,9 +128,9 @@ class _Connection:
     def __init__(self, sock: Any) -> None:
         self.sock = sock
         self.decoder = decoder()
-        self.readers = 0
-        """Who is about to read. The last of them closes a socket that was shut meanwhile: another may have
-        its descriptor's number before a thread comes to wait for that."""
+        self.users = 0
+        """Who is about to read or write. The last of them closes a socket that was shut meanwhile: another
+        may have its descriptor's number before a thread comes to wait for that."""
         self.is_shut = False
 
     def is_fresh(self) -> bool:
@@ -144,13 +145,21 @@ class _Connection:
         return False
 
     def close(self) -> None:
-        """Under the channel's lock, if a reader may be there."""
+        """Under the channel's lock, if somebody may use it."""
         self.is_shut = True
         try:
             self.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        if not self.readers:
+        if not self.users:
+            self.sock.close()
+
+    def abandon(self, never: int) -> None:
+        """In a forked child: let go without a trace on it, and without waking the copy of who waits there.
+        `never` is a descriptor on which nothing ever comes."""
+        if self.users:
+            os.dup2(never, self.sock.fileno(), inheritable=False)
+        else:
             self.sock.close()
 
     def read(self, until: float) -> bytes:
@@ -218,22 +227,30 @@ class StockChannel:
                 raise
             self._say_lost(call, error)
             return
-        with self._lock():
-            self._busy[call] = connection
-            if not call.done:
-                call.id = 1
-        if call.done:  # cancelled, when there was no connection to close
-            self._end(call, keep=False)
-            return
+        self._busy[call] = connection
+        connection.users += 1
         try:
-            connection.sock.settimeout(_seconds(call.deadline))
-            connection.sock.sendall(data)
+            with self._lock():
+                if not call.done:
+                    call.id = 1
+            if not call.done:
+                connection.sock.settimeout(_seconds(call.deadline))
+                connection.sock.sendall(data)
         except BaseException as error:
-            if isinstance(error, OSError) and not is_foreign(error):
-                self._fail(call, error)
-            else:
+            if not isinstance(error, OSError) or is_foreign(error):
                 self.cancel(call)
                 raise
+            self._fail(call, error)
+        finally:
+            self._leave(connection)
+        if call.done:  # perhaps when there was no connection to close
+            self._end(call, keep=False)
+
+    def _leave(self, connection: _Connection) -> None:
+        with self._lock():
+            connection.users -= 1
+            if connection.is_shut:
+                connection.close()
 
     def _enter(self, call: Call) -> bool:
         """Wait for room for one more connection. False: the call has ended instead."""
@@ -259,7 +276,7 @@ class StockChannel:
             connection = self._busy.get(call)
             if connection is None or call.chunks:
                 return
-            connection.readers += 1
+            connection.users += 1
         try:
             data = connection.read(time.monotonic() + min(seconds, 1e6))
         except OSError as error:
@@ -268,10 +285,7 @@ class StockChannel:
             self._fail(call, error)
             return
         finally:
-            with self._lock():
-                connection.readers -= 1
-                if connection.is_shut:
-                    connection.close()
+            self._leave(connection)
         try:
             for frame in connection.frames(data):
                 last = take(call, frame)
@@ -285,23 +299,32 @@ class StockChannel:
         return call.chunks.popleft()
 
     def cancel(self, call: Call, why: Why | None = None) -> None:
-        with self._lock():
-            call.give_up(why)
-        self._end(call, keep=False)
+        try:
+            with self._lock():
+                call.give_up(why)
+        finally:
+            self._end(call, keep=False)
 
     def drop(self, call: Call) -> None:
         # Not here: a finalizer may run in the midst of what takes the semaphore.
         self._beside(lambda: self.cancel(call))
 
     def abandon(self) -> None:
-        """In a forked child: let go of the parent's connections without a trace on them."""
+        """In a forked child: let go of the parent's connections. Without the lock, which a thread that is not
+        here may hold."""
+        never = os.eventfd(0, os.EFD_CLOEXEC)
         for call, connection in list(self._busy.items()):
-            # Without the lock: a thread that is not here may hold it.
-            if not call.done:
+            if not connection.users and not call.done:
                 call.fault = faults.connection_lost(call.app, call.action, "forked", True, self.socket_path)
-            connection.sock.close()
+            connection.abandon(never)
         while (idle := self._pop_idle()) is not None:
-            idle.sock.close()
+            idle.abandon(never)
+        os.close(never)
+        self._busy.clear()
+
+    def forget(self) -> None:
+        """The hub is gone, and its loop with it: no more than drop the sockets."""
+        self._idle.clear()
         self._busy.clear()
 
     def close(self) -> None:
@@ -361,19 +384,22 @@ class StockChannel:
         connection = self._busy.pop(call, None)
         if connection is None:
             return
-        if keep and len(self._idle) < MAX_IDLE:
-            self._idle.append(connection)
-        else:
-            with self._lock():
-                connection.close()
-        self._room.release()
+        try:
+            if keep and not connection.users and len(self._idle) < MAX_IDLE:
+                self._idle.append(connection)
+            else:
+                with self._lock():
+                    connection.close()
+        finally:
+            self._room.release()
 
 
 def probe(socket_path: str, make_socket: MakeSocket, seconds: float) -> bool:
     """Whether a stock arbiter answers there."""
     until = time.monotonic() + min(seconds, PROBE_TIME)
-    sock = make_socket()
+    sock = None
     try:
+        sock = make_socket()
         sock.settimeout(max(until - time.monotonic(), 0.001))
         sock.connect(socket_path)
         sock.sendall(STATUS_REQUEST)
@@ -387,9 +413,10 @@ def probe(socket_path: str, make_socket: MakeSocket, seconds: float) -> bool:
     except OSError as error:
         if is_foreign(error):
             raise
-        return False  # not there: the next look may tell
+        return False  # not there, or no descriptor is left here: the next look may tell
     finally:
-        sock.close()
+        if sock is not None:
+            sock.close()
 
 
 def is_foreign(error: BaseException) -> bool:

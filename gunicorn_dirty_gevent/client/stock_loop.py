@@ -57,6 +57,13 @@ class StockLoopChannel:
     def _forget(self, call: Call) -> None:
         self._tasks.pop(call, None)
         self._taken.pop(call, None)
+        if not call.done:
+            self._say_lost(call, "the task that carried it was cancelled")
+            call.notify()
+
+    def _say_lost(self, call: Call, why: str) -> None:
+        sent = call.id != 0
+        call.fault = faults.connection_lost(call.app, call.action, why, sent, self.socket_path)
 
     async def wait(self, call: Call, seconds: float) -> None:
         await wait_for_news(call, seconds)
@@ -86,9 +93,7 @@ class StockLoopChannel:
     def close(self) -> None:
         for call in list(self._tasks):
             if not call.done:
-                why = "this client closed the connection"
-                sent = call.id != 0
-                call.fault = faults.connection_lost(call.app, call.action, why, sent, self.socket_path)
+                self._say_lost(call, "this client closed the connection")
             self._stop(call)
         while self._idle:
             self._idle.pop().writer.close()
@@ -107,10 +112,8 @@ class StockLoopChannel:
             call.fault = faults.fault("DirtyEncodeError", message, may_have_run=False)
         except Exception as error:  # of the connection, or of bytes that are no answer
             self._lost()
-            reason = str(error) or type(error).__name__
-            sent = call.id != 0
             if not call.done:
-                call.fault = faults.connection_lost(call.app, call.action, reason, sent, self.socket_path)
+                self._say_lost(call, str(error) or type(error).__name__)
         finally:
             if connection is not None:
                 self._give_back(connection, whole=call.last is not None)

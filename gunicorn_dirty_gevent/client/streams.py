@@ -47,7 +47,11 @@ class _Stream:
     def _take(self, call: Call) -> Any:
         """What has arrived: a chunk, the value of an action that is none, or `_END`."""
         if call.chunks:
-            return decode(self._channel.take_chunk(call), call)
+            try:
+                payload = self._channel.take_chunk(call)
+            except IndexError:  # another thread has closed it, just now
+                return _END
+            return decode(payload, call)
         self._ended = True
         if call.last is not None and call.last.kind == wire.END:
             return _END

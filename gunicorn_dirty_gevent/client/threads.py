@@ -26,7 +26,8 @@ _HERE = os.path.dirname(os.path.dirname(__file__))
 _warned = False
 
 RETRY_PAUSE = 0.05
-"""Seconds until the next try when a connection ended before the arbiter said hello."""
+"""Seconds until the next try when a connection ended before the arbiter said hello, or its backlog was
+full."""
 
 
 class ThreadChannel:
@@ -39,7 +40,7 @@ class ThreadChannel:
             socket_path,
             _unix_socket,
             threading.BoundedSemaphore,
-            _beside,
+            self.beside,
             self._lost_stock,
             lambda: self._lock,
         )
@@ -86,7 +87,10 @@ class ThreadChannel:
             return self._mux.withdraw(call)
 
     def spawn(self, run: Callable[[], None]) -> None:
-        _beside(run)
+        self.beside(run)
+
+    def beside(self, run: Callable[[], None]) -> None:
+        threading.Thread(target=run, name="dirty-call", daemon=True).start()
 
     def event(self) -> threading.Event:
         return threading.Event()
@@ -107,12 +111,13 @@ class ThreadChannel:
 
     def drop(self, call: Call) -> None:
         # A finalizer may run in a thread that holds the lock.
-        _beside(lambda: self.cancel(call))
+        self.beside(lambda: self.cancel(call))
 
     def close(self) -> None:
         self._stock.close()
         with self._lock:
             sock, self._sock = self._sock, None
+            self._outbox.clear()
             if sock is not None:
                 self._shut(sock)
                 self._mux.lost("this client closed the connection", self._flushed)
@@ -125,11 +130,12 @@ class ThreadChannel:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+        self._outbox.clear()
         self._lock = threading.Lock()  # a thread that is not here may hold the parent's
         self._mux.abandon()
         self._stock.abandon()
 
-    # The connection; all of it under the lock.
+    # The connection; all of it under the lock, but for `_retry`, which takes it.
 
     def _connect(self) -> None:
         sock = None
@@ -149,17 +155,25 @@ class ThreadChannel:
                 sock.close()
             self._mux.refuse(f"cannot connect: {error.strerror or error}")
             return
+        try:
+            name = "dirty-client"
+            threading.Thread(target=self._read, args=(sock,), name=name, daemon=True).start()
+        except RuntimeError as error:  # this process has too many
+            sock.close()
+            self._mux.refuse(f"cannot connect: {error}")
+            return
         self._sock = sock
         self._flushed = 0
-        self._outbox.clear()
         self._send(self._mux.connected())
-        name = "dirty-client"
-        threading.Thread(target=self._read, args=(sock,), name=name, daemon=True).start()
 
     def _connect_later(self) -> None:
         if not self._retrying:
-            self._retrying = True
-            _beside(self._retry)
+            try:
+                self._retrying = True
+                self.beside(self._retry)
+            except RuntimeError as error:  # this process has too many threads
+                self._retrying = False
+                self._mux.refuse(f"cannot connect: {error}")
 
     def _retry(self) -> None:
         time.sleep(RETRY_PAUSE)
@@ -180,27 +194,28 @@ class ThreadChannel:
         for part in parts:
             assert not isinstance(part, Detached)  # our mux makes none
             self._outbox.append(memoryview(part))
-        while self._outbox:
-            part = self._outbox[0]
-            self._flushed += len(part)  # until the kernel says how much it has taken
-            try:
+        flushed = self._flushed
+        try:
+            while self._outbox:
+                part = self._outbox[0]
+                self._flushed = flushed + len(part)  # until the kernel says how much it has taken
                 sent = sock.send(part)
-            except BaseException as error:
-                if isinstance(error, OSError) and not is_foreign(error):
-                    # The reader finds the end, after what the arbiter had still to say.
-                    self._flushed -= len(part)
-                    return
-                if type(sock).__module__ == "socket":
-                    # A signal handler's exception: the kernel may have bytes that nobody has counted.
-                    self._shut(sock)
-                else:  # a greenlet's, which came while it waited
-                    self._flushed -= len(part)
+                self._flushed = flushed = flushed + sent
+                if sent < len(part):
+                    self._outbox[0] = part[sent:]
+                else:
+                    self._outbox.popleft()
+        except BaseException as error:
+            if isinstance(error, OSError) and not is_foreign(error):
+                # The reader finds the end, after what the arbiter had still to say.
+                self._flushed = flushed
+            elif type(sock).__module__ == "socket":
+                # A signal handler's exception: the kernel may have bytes that nobody has counted.
+                self._shut(sock)
                 raise
-            self._flushed -= len(part) - sent
-            if sent < len(part):
-                self._outbox[0] = part[sent:]
-            else:
-                self._outbox.popleft()
+            else:  # a greenlet's, which came while it waited
+                self._flushed = flushed
+                raise
 
     def _shut(self, sock: socket.socket) -> None:
         try:
@@ -236,6 +251,7 @@ class ThreadChannel:
                 return
             greeted = self._mux.phase is not Phase.GREETING
             self._sock = None
+            self._outbox.clear()
             self._mux.lost(reason, self._flushed)
             if self._mux.waiting and greeted:
                 self._connect()
@@ -267,7 +283,3 @@ def _unix_socket() -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(None)  # whatever socket.setdefaulttimeout() says
     return sock
-
-
-def _beside(run: Callable[[], None]) -> None:
-    threading.Thread(target=run, name="dirty-call", daemon=True).start()

@@ -93,7 +93,7 @@ class Call:
         self.consumed = 0
         self.last: Frame | None = None  # RESPONSE, ERROR or END
         self.unheard = False  # it waits, and a link ended before the arbiter said hello
-        self.fault: Fault | None = None  # what the mux itself has to say
+        self.fault: Fault | None = None  # what this side has to say of its end
         self.notify: Callable[[], None] = nobody
 
     @property
@@ -276,10 +276,13 @@ class Mux:
     def cancel(self, call: Call, why: Why | None = None) -> Parts | None:
         """`Call.give_up`; who waits for it is told. Nothing further reaches it."""
         self.waiting.pop(call, None)
+        linked = self._calls.get(call.id) is call  # a stock arbiter's calls have ids of their own
+        if linked:
+            del self._calls[call.id]
         if not call.done:
             call.give_up(why)
             call.notify()
-        if self._calls.pop(call.id, None) is None or self.phase is Phase.DOWN:
+        if not linked or self.phase is Phase.DOWN:
             return None
         return self._send((wire.pack_frame(wire.CANCEL, call.id),))
 

@@ -201,6 +201,17 @@ def test_only_a_call_that_waits_can_go_another_way():
     assert not one.done and not other.done
 
 
+def test_a_call_of_another_link_with_the_same_number_is_not_taken_for_ours():
+    """A stock arbiter's calls are all number 1."""
+    wired, ours, theirs = opened(), call("ours"), call("theirs")
+    wired.submit(ours)
+    theirs.id = ours.id
+    wired.cancel(theirs)
+    assert cancelled(theirs) and not ours.done
+    wired.receive(response(ours.id))
+    assert ours.last is not None
+
+
 # Credit.
 
 
