@@ -14,14 +14,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+from support.calls import APP, check_places, hang_up_on, wait_for_threads
 from support.fake_arbiter import FakeArbiter
 from support.waiting import poll, wait_until
 
 import gunicorn_dirty_gevent
 from gunicorn_dirty_gevent.client import DirtyClient, DirtyFuture, stock
 from gunicorn_dirty_gevent.errors import DirtyConnectionError, DirtyError, DirtyTimeoutError
-
-APP = "tasks:App"
 
 PACKAGE = os.path.dirname(gunicorn_dirty_gevent.__file__)
 ENCODING = tuple(os.path.join(PACKAGE, "core", name) for name in ("values.py", "wire.py", "large.py"))
@@ -182,29 +181,6 @@ def is_cancelled(end: tuple[Any, ...]) -> bool:
     return end[0] == "DirtyCancelledError"
 
 
-def lose(client: DirtyClient) -> None:
-    """Another call of the client loses its connection."""
-    with pytest.raises(DirtyConnectionError):
-        client.execute(APP, "hang_up")
-
-
-def started_since(before: set[threading.Thread]) -> set[threading.Thread]:
-    return set(threading.enumerate()) - before
-
-
-def wait_for_threads(before: set[threading.Thread]) -> None:
-    wait_until(lambda: not started_since(before), 8, "the calls' threads to end")
-
-
-def check_places(client: DirtyClient, arbiter: FakeArbiter, places: int) -> None:
-    """So many calls are with a stock arbiter at once."""
-    before = arbiter.ran("hold")
-    futures = [client.submit(APP, "hold", n) for n in range(places)]
-    arbiter.wait(lambda: arbiter.ran("hold") == before + places, "a place for each call")
-    arbiter.release()
-    assert [future.get(10) for future in futures] == list(range(places))
-
-
 # Futures, line by line.
 
 
@@ -348,7 +324,7 @@ def test_cancel_comes_with_the_loss_of_the_arbiter(theirs: FakeArbiter, client: 
         future = client.submit(APP, "hold", 1)
         theirs.wait(lambda: theirs.runs[-1].action == "hold", "the call to run")
         connection = theirs.runs[-1].connection
-        with turn.here(lambda: lose(client)):
+        with turn.here(lambda: hang_up_on(client)):
             assert future.cancel() is True
         turn.join()
         theirs.wait(lambda: connection in theirs.gone, "its connection to be closed", 8)  # noqa: B023

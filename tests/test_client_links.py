@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from support.calls import APP, check_places, hang_up_on, started_since, wait_for_threads
 from support.fake_arbiter import FakeArbiter
-from support.waiting import poll, wait_until
+from support.waiting import poll
 
 from gunicorn_dirty_gevent.client import DirtyClient, channels, stock
 from gunicorn_dirty_gevent.client.results import result
@@ -26,8 +27,6 @@ from gunicorn_dirty_gevent.client.threads import ThreadChannel
 from gunicorn_dirty_gevent.core import values
 from gunicorn_dirty_gevent.core.mux import Call
 from gunicorn_dirty_gevent.errors import DirtyConnectionError, DirtyError, DirtyTimeoutError
-
-APP = "tasks:App"
 
 
 class Interrupted(BaseException):
@@ -138,29 +137,6 @@ def outcome(ask: Callable[[], Any]) -> Any:
         return ask()
     except DirtyConnectionError:
         return DirtyConnectionError
-
-
-def hang_up_on(client: DirtyClient) -> None:
-    """A call whose connection the arbiter closes."""
-    with pytest.raises(DirtyConnectionError):
-        client.execute(APP, "hang_up")
-
-
-def started_since(before: set[threading.Thread]) -> set[threading.Thread]:
-    return set(threading.enumerate()) - before
-
-
-def wait_for_threads(before: set[threading.Thread]) -> None:
-    wait_until(lambda: not started_since(before), 8, "the futures' threads to end")
-
-
-def check_places(client: DirtyClient, arbiter: FakeArbiter, places: int) -> None:
-    """So many calls are with a stock arbiter at once."""
-    before = arbiter.ran("hold")
-    futures = [client.submit(APP, "hold", n) for n in range(places)]
-    arbiter.wait(lambda: arbiter.ran("hold") == before + places, "a place for each call")
-    arbiter.release()
-    assert [future.get(10) for future in futures] == list(range(places))
 
 
 # Sends.
