@@ -8,18 +8,16 @@ import socket
 import threading
 import time
 import weakref
+from functools import partial
 from typing import Any
 
 from ..core.mux import Call, Mux, Phase, Why
 from ..core.wire import Detached, FrameDecoder, Parts, Payload, WireError
 from . import stock_loop
+from .reach import RETRY_PAUSE, connected
 from .results import expire, wait_time
 from .stock_loop import StockLoopChannel
 from .stock_loop import wait_for_news as _wait
-
-RETRY_PAUSE = 0.05
-"""Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
-was full."""
 
 
 class LoopChannel(asyncio.Protocol):
@@ -123,32 +121,13 @@ class LoopChannel(asyncio.Protocol):
                 await asyncio.sleep(pause)
             pause = RETRY_PAUSE
             try:
-                if self._reach():
-                    await self._loop.create_unix_connection(lambda: self, sock=self._sock)
+                # Not by the loop's `sock_connect`, which takes a full backlog for a connection under way.
+                sock = connected(partial(socket.socket, socket.AF_UNIX), self.socket_path)
+                if sock is not None:
+                    self._sock = sock
+                    await self._loop.create_unix_connection(lambda: self, sock=sock)
             except OSError as error:
                 self._mux.refuse(f"cannot connect: {error.strerror or error}")
-
-    def _reach(self) -> bool:
-        """Connect a socket; False when the backlog is full. Raises `OSError`.
-
-        Not by the loop's `sock_connect`, which takes EAGAIN for a connection that is under way; that of a
-        Unix socket never is.
-        """
-        sock = None
-        try:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.setblocking(False)
-            sock.connect(self.socket_path)
-        except BlockingIOError:
-            assert sock is not None
-            sock.close()
-            return False
-        except OSError:
-            if sock is not None:
-                sock.close()
-            raise
-        self._sock = sock
-        return True
 
     def _write(self, parts: Parts) -> None:
         if self._transport is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gevent
@@ -18,11 +19,8 @@ from ..core.mux import BEHIND_LANES, Call, Mux, Phase, Why, nobody
 from ..core.wire import LANE, Frame, FrameDecoder, Payload, WireError, unpack_lane
 from ..lane import Receiver
 from ..link import Link
+from .reach import RETRY_PAUSE, connected
 from .stock import StockChannel, probe
-
-RETRY_PAUSE = 0.05
-"""Seconds until the next try when a connection ended before the arbiter said hello, or its backlog
-was full."""
 
 
 class HubChannel:
@@ -159,25 +157,19 @@ class HubChannel:
         self._connecting = False
         if self._link is not None or not self._mux.waiting:
             return
-        sock = None
         try:
-            sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-            sock.setblocking(False)
-            sock.connect(self.socket_path)
-        except BlockingIOError:  # the backlog is full
-            assert sock is not None
-            sock.close()
-            self._connect_soon(RETRY_PAUSE)
+            sock = connected(partial(_socket.socket, _socket.AF_UNIX), self.socket_path)
         except OSError as error:
-            if sock is not None:  # or this process has no descriptor left
-                sock.close()
             self._mux.refuse(f"cannot connect: {error.strerror or error}")
-        else:
-            # The arbiter sees to the size of answers; it has our trust.
-            decoder = FrameDecoder(0xFFFFFFFF)
-            self._mux.takes_lanes = not few_left(sock.fileno())
-            self._link = Link(sock, self._on_frames, self._on_close, decoder, lanes=True)
-            self._link.send(self._mux.connected())
+            return
+        if sock is None:
+            self._connect_soon(RETRY_PAUSE)
+            return
+        # The arbiter sees to the size of answers; it has our trust.
+        decoder = FrameDecoder(0xFFFFFFFF)
+        self._mux.takes_lanes = not few_left(sock.fileno())
+        self._link = Link(sock, self._on_frames, self._on_close, decoder, lanes=True)
+        self._link.send(self._mux.connected())
 
     def _on_frames(self, link: Link, frames: list[Frame]) -> None:
         now = time.monotonic()

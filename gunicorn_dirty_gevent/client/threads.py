@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from ..core.mux import Call, Mux, Phase, Why, nobody
 from ..core.wire import Detached, FrameDecoder, Parts, Payload, WireError
+from .reach import RETRY_PAUSE, connected
 from .stock import StockChannel, is_foreign, probe
 
 READ_SIZE = 262144
@@ -24,10 +25,6 @@ READ_SIZE = 262144
 _HERE = os.path.dirname(os.path.dirname(__file__))
 
 _warned = False
-
-RETRY_PAUSE = 0.05
-"""Seconds until the next try when a connection ended before the arbiter said hello, or its backlog was
-full."""
 
 
 class ThreadChannel:
@@ -138,23 +135,15 @@ class ThreadChannel:
     # The connection; all of it under the lock, but for `_retry`, which takes it.
 
     def _connect(self) -> None:
-        sock = None
         try:
-            sock = _unix_socket()
-            # Waiting in here would hold the lock, for all of this process.
-            sock.setblocking(False)
-            sock.connect(self.socket_path)
-            sock.setblocking(True)
-        except BlockingIOError:  # the backlog is full
-            assert sock is not None
-            sock.close()
-            self._connect_later()
-            return
+            sock = connected(_unix_socket, self.socket_path)
         except OSError as error:
-            if sock is not None:  # or this process has no descriptor left
-                sock.close()
             self._mux.refuse(f"cannot connect: {error.strerror or error}")
             return
+        if sock is None:
+            self._connect_later()
+            return
+        sock.setblocking(True)
         try:
             name = "dirty-client"
             threading.Thread(target=self._read, args=(sock,), name=name, daemon=True).start()
