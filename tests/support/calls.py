@@ -1,4 +1,4 @@
-"""What the tests of the client's threads ask of it at a `FakeArbiter`."""
+"""What the tests of the client ask of it at a `FakeArbiter`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from .fake_arbiter import FakeArbiter
 from .waiting import wait_until
 
 APP = "tasks:App"
+
+LONG = 25.0
+"""Seconds that a client waits. What has not ended after `SOON` waits for this end."""
+
+SOON = 10.0
+
+LARGE = bytes(5_000_000)
+"""More than a socket takes when nobody reads."""
 
 
 def hang_up_on(client: DirtyClient) -> None:

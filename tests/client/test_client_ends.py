@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,39 +126,11 @@ def each_line(kind: type[Turn] = Turn) -> Iterator[Turn]:
 
 
 @pytest.fixture
-def path() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as directory:
-        yield os.path.join(directory, "arbiter.sock")
-
-
-@pytest.fixture(params=["ours", "stock"])
-def arbiter(path: str, request: pytest.FixtureRequest) -> Iterator[FakeArbiter]:
-    made = FakeArbiter(path, stock=request.param == "stock")
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def theirs(path: str) -> Iterator[FakeArbiter]:
-    """A stock arbiter."""
-    arbiter = FakeArbiter(path, stock=True)
-    yield arbiter
-    arbiter.close()
-
-
-@pytest.fixture
 def silent(path: str) -> Iterator[FakeArbiter]:
     """One of ours, that does not greet."""
     arbiter = FakeArbiter(path, greets=False)
     yield arbiter
     arbiter.close()
-
-
-@pytest.fixture
-def client(path: str) -> Iterator[DirtyClient]:
-    made = DirtyClient(path, timeout=20)
-    yield made
-    made.close()
 
 
 @contextmanager

@@ -15,40 +15,12 @@ from typing import Any
 import gevent
 import pytest
 from gevent.pool import Group
+from support.calls import APP, LARGE, LONG, SOON
 from support.fake_arbiter import FakeArbiter, no_descriptor_left
 
 from gunicorn_dirty_gevent.client import DirtyClient, stock
 from gunicorn_dirty_gevent.core import wire
 from gunicorn_dirty_gevent.errors import DirtyCancelledError, DirtyConnectionError
-
-APP = "tasks:App"
-
-LONG = 25.0
-"""Seconds that a client waits. What has not ended after `SOON` waits for this end."""
-
-SOON = 10.0
-
-LARGE = bytes(5_000_000)
-"""More than a socket takes when nobody reads."""
-
-
-@pytest.fixture(params=["stock", "ours"])
-def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeArbiter]:
-    with closing(FakeArbiter(str(tmp_path / "arbiter"), stock=request.param == "stock")) as arbiter:
-        yield arbiter
-
-
-@pytest.fixture
-def ours(tmp_path: Path) -> Iterator[FakeArbiter]:
-    with closing(FakeArbiter(str(tmp_path / "arbiter"))) as arbiter:
-        yield arbiter
-
-
-@pytest.fixture
-def theirs(tmp_path: Path) -> Iterator[FakeArbiter]:
-    """A stock arbiter."""
-    with closing(FakeArbiter(str(tmp_path / "arbiter"), stock=True)) as arbiter:
-        yield arbiter
 
 
 @pytest.fixture
@@ -271,8 +243,8 @@ def test_a_call_that_waits_for_a_connection_is_not_made_by_a_child_too(tmp_path:
 # Calls and streams that end while somebody waits for them.
 
 
-def test_a_stream_that_is_closed_beside_its_reader_ends_there(either: FakeArbiter, greenlets: Group) -> None:
-    with client_of(either) as client:
+def test_a_stream_that_is_closed_beside_its_reader_ends_there(arbiter: FakeArbiter, greenlets: Group) -> None:
+    with client_of(arbiter) as client:
         stream = client.stream(APP, "first", "one")
         assert next(stream) == "one"
         reader = greenlets.spawn(outcome, next, stream)
@@ -280,17 +252,17 @@ def test_a_stream_that_is_closed_beside_its_reader_ends_there(either: FakeArbite
         stream.close()
         # A reader that looked again and again, and let nobody else run, would end with its time.
         assert isinstance(ended(reader), StopIteration)
-        if either.stock:
-            until_all_closed(either)
+        if arbiter.stock:
+            until_all_closed(arbiter)
         else:
-            either.wait(lambda: either.cancelled, "the arbiter to hear of it")
+            arbiter.wait(lambda: arbiter.cancelled, "the arbiter to hear of it")
 
 
-def test_a_stream_that_is_closed_before_its_first_chunk_ends(either: FakeArbiter, greenlets: Group) -> None:
-    with client_of(either) as client:
+def test_a_stream_that_is_closed_before_its_first_chunk_ends(arbiter: FakeArbiter, greenlets: Group) -> None:
+    with client_of(arbiter) as client:
         stream = client.stream(APP, "hold", "none")
         reader = greenlets.spawn(outcome, next, stream)
-        either.wait(lambda: either.ran("hold"), "the call")
+        arbiter.wait(lambda: arbiter.ran("hold"), "the call")
         stream.close()
         assert isinstance(ended(reader), StopIteration)
 

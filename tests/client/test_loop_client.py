@@ -8,47 +8,19 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.calls import APP, LARGE, LONG, SOON
 from support.fake_arbiter import FakeArbiter, no_descriptor_left
 
 from gunicorn_dirty_gevent.client import DirtyClient
 from gunicorn_dirty_gevent.core.mux import Call
 from gunicorn_dirty_gevent.errors import DirtyConnectionError, DirtyTimeoutError
-
-APP = "tasks:App"
-
-LONG = 25.0
-"""Seconds that a client waits. What has not ended after `SOON` waits for this end."""
-
-SOON = 10.0
-
-LARGE = bytes(5_000_000)
-"""More than a socket takes when nobody reads."""
-
-
-@pytest.fixture(params=["stock", "ours"])
-def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeArbiter]:
-    with closing(FakeArbiter(str(tmp_path / "arbiter"), stock=request.param == "stock")) as arbiter:
-        yield arbiter
-
-
-@pytest.fixture
-def ours(tmp_path: Path) -> Iterator[FakeArbiter]:
-    with closing(FakeArbiter(str(tmp_path / "arbiter"))) as arbiter:
-        yield arbiter
-
-
-@pytest.fixture
-def theirs(tmp_path: Path) -> Iterator[FakeArbiter]:
-    """A stock arbiter."""
-    with closing(FakeArbiter(str(tmp_path / "arbiter"), stock=True)) as arbiter:
-        yield arbiter
 
 
 @asynccontextmanager
@@ -91,15 +63,15 @@ async def ended(task: asyncio.Task[Any]) -> Any:
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before a chunk", "after a chunk"])
-def test_a_stream_that_is_closed_beside_its_reader_ends_there(either: FakeArbiter, first: bool) -> None:
+def test_a_stream_that_is_closed_beside_its_reader_ends_there(arbiter: FakeArbiter, first: bool) -> None:
     async def main() -> None:
-        async with client_of(either.path) as client:
+        async with client_of(arbiter.path) as client:
             action = "hold" if first else "first"
             stream = client.stream_async(APP, action, "one")
             if not first:
                 assert await stream.__anext__() == "one"
             reader = asyncio.create_task(outcome(stream.__anext__()))
-            await until(either, lambda: either.ran(action), "the call")
+            await until(arbiter, lambda: arbiter.ran(action), "the call")
             await stream.aclose()
             assert isinstance(await ended(reader), StopAsyncIteration)
 

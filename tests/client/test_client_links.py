@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -94,34 +93,6 @@ class Sockets:
 @pytest.fixture
 def sockets(monkeypatch: pytest.MonkeyPatch) -> Sockets:
     return Sockets(monkeypatch)
-
-
-@pytest.fixture
-def path() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as directory:
-        yield os.path.join(directory, "arbiter.sock")
-
-
-@pytest.fixture
-def ours(path: str) -> Iterator[FakeArbiter]:
-    arbiter = FakeArbiter(path)
-    yield arbiter
-    arbiter.close()
-
-
-@pytest.fixture
-def theirs(path: str) -> Iterator[FakeArbiter]:
-    """A stock arbiter."""
-    arbiter = FakeArbiter(path, stock=True)
-    yield arbiter
-    arbiter.close()
-
-
-@pytest.fixture
-def client(path: str) -> Iterator[DirtyClient]:
-    made = DirtyClient(path, timeout=20)
-    yield made
-    made.close()
 
 
 @contextmanager
